@@ -1,0 +1,47 @@
+"""The generators that a training step can draw from without naming one: torch's, numpy's and Python's."""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.checkpoint.tree import decode, encode
+
+
+def encode_random() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Take the state of the global generators: torch's of the CPU and of each CUDA device, numpy's, Python's.
+
+    Returns:
+        JSON, and the tensors in it.
+    """
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    # Asking for CUDA's generators would start CUDA, and a process that has not started it has not drawn from them.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    state = {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": [version, torch.tensor(words), gauss],
+    }
+    tensors: dict[str, Tensor] = {}
+    return {key: encode(value, key, tensors) for key, value in state.items()}, tensors
+
+
+def restore_random(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Put the global generators into a state that ``encode_random`` took.
+
+    States of CUDA devices that this machine does not have are left out: nothing here can draw from them.
+    """
+    state = decode(dict(record), tensors)
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda, device)
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))

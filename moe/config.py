@@ -1,0 +1,87 @@
+"""Options that a layer understands, each member explained, and how a name in a config becomes an object."""
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from moe.errors import ConfigError
+
+Made = TypeVar("Made")
+Option = TypeVar("Option", bound=StrEnum)
+
+
+class Activation(StrEnum):
+    """What stands between an expert's two products."""
+
+    SWIGLU = "swiglu"
+    """silu(gate) * up, two products of ``hidden_dim`` wide (Shazeer 2020, arXiv 2002.05202)."""
+    GELU = "gelu"
+    """Exact Gaussian error linear unit (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
+    RELU = "relu"
+    """max(0, up)."""
+    RELU_SQUARED = "relu_squared"
+    """max(0, up)^2 (So et al. 2021, arXiv 2109.08668)."""
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the first product yields a gate beside its values."""
+        return self is Activation.SWIGLU
+
+
+class DropPolicy(StrEnum):
+    """Which assignments an expert keeps when more arrive than its capacity."""
+
+    POSITION = "position"
+    """The earliest tokens of the batch. Causal within a sequence, blind to how much each token wants the expert."""
+    PROBABILITY = "probability"
+    """The highest scores, earlier tokens first among equals. A later token can push out an earlier one."""
+
+
+def option(kind: type[Option], name: str, value: str) -> Option:
+    """Return the member of an enum that a user named.
+
+    Raises:
+        ConfigError: ``value`` is no member; the message lists them.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(kind)}") from None
+
+
+def make(name: str, spec: str | Mapping[str, Any], registry: Mapping[str, Callable[..., Made]], **fixed: Any) -> Made:
+    """Build what a config names.
+
+    Args:
+        name: the argument this is for, named in errors.
+        spec: a key of ``registry``, or a mapping ``{"name": key, option: value, ...}``.
+        registry: what can be built, by name.
+        fixed: keyword arguments that the caller decides, not the config.
+
+    Raises:
+        ConfigError: an unknown name or an option that the chosen one does not have.
+    """
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    key = str(options.pop("name", None))
+    if key not in registry:
+        near = get_close_matches(key, registry, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name}={key!r} is unknown; choose one of {', '.join(registry)}{hint}")
+    try:
+        return registry[key](**fixed, **options)
+    except TypeError as error:
+        raise ConfigError(f"{name}={key!r} does not take these options: {error}") from None
+
+
+def require_positive(**values: float) -> None:
+    """Raise a ConfigError that names the first argument that is not above zero."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"{name}={value} must be positive")
+
+
+def require_top_k(top_k: int, num_experts: int) -> None:
+    """Raise a ConfigError unless 1 <= top_k <= num_experts."""
+    if not 1 <= top_k <= num_experts:
+        raise ConfigError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")

@@ -1,0 +1,58 @@
+"""A dense feed-forward block: the shared expert of a MoE layer, and the feed-forward of a dense one."""
+
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe.config import Activation, option, require_positive
+from moe.experts.activation import activate
+from moe.init import fan_in_normal_
+
+
+@final
+class FeedForward(nn.Module):
+    """up, activation, down; the same arithmetic and the same initialisation as one routed expert.
+
+    Args:
+        dim: D, of input and output.
+        hidden_dim: F, between the two products.
+        activation: see ``moe.config.Activation``.
+        bias: add a bias to both products.
+        gate: multiply each token's output by a learnt sigmoid of the token (Qwen1.5-MoE's shared-expert gate).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        gate: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_positive(dim=dim, hidden_dim=hidden_dim)
+        self.activation = option(Activation, "activation", activation)
+        up_dim = hidden_dim * (2 if self.activation.is_gated else 1)
+        self.up = nn.Linear(dim, up_dim, bias=bias, device=device, dtype=dtype)
+        self.down = nn.Linear(hidden_dim, dim, bias=bias, device=device, dtype=dtype)
+        self.gate = nn.Linear(dim, 1, bias=False, device=device, dtype=dtype) if gate else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal of deviation sqrt(0.1 / fan_in) (see ``moe.init``), biases 0."""
+        for linear in (self.up, self.down, self.gate):
+            if linear is not None:
+                fan_in_normal_(linear.weight, linear.in_features)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """Every token through the block."""
+        y: Tensor = self.down(activate(self.up(x), self.activation))
+        return y if self.gate is None else F.sigmoid(self.gate(x)) * y

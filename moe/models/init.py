@@ -1,0 +1,3 @@
+"""placeholder for experiment."""
+from torch import nn
+def init_weights(model): pass

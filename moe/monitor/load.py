@@ -1,0 +1,134 @@
+"""How evenly experts are used, measured without waiting for the device.
+
+Every figure is a tensor; call ``.item()`` or ``LoadStats.floats()`` where a wait is in order, such as a logging
+interval.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe.types import Routing
+
+
+@final
+@dataclass(frozen=True)
+class LoadStats:
+    """Counts of some forward calls of one layer, and what follows from them. Add two to pool their calls."""
+
+    tokens_per_expert: Int[Tensor, " E"]
+    """int64; assignments that the router made, before any capacity."""
+    dropped: Int[Tensor, ""]
+    """int64; assignments that capacity dropped."""
+    tokens: Int[Tensor, ""]
+    """int64; tokens that count (padding does not)."""
+    top_score_sum: Float[Tensor, ""]
+    """float32; sum over these tokens of the best expert's score."""
+
+    def __add__(self, other: "LoadStats") -> "LoadStats":
+        return LoadStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def load(self) -> Float[Tensor, " E"]:
+        """Share of the assignments, sums to 1 (0 everywhere before the first token)."""
+        return self.tokens_per_expert / self.tokens_per_expert.sum().clamp(min=1)
+
+    @property
+    def max_vio(self) -> Float[Tensor, ""]:
+        """Largest load over the mean load, minus 1: 0 is even, E - 1 is all on one (arXiv 2408.15664, equation 4)."""
+        return max_violation(self.tokens_per_expert)
+
+    @property
+    def coefficient_of_variation(self) -> Float[Tensor, ""]:
+        """Standard deviation of the load over its mean."""
+        return self.load.std(correction=0) * self.tokens_per_expert.numel()
+
+    @property
+    def entropy(self) -> Float[Tensor, ""]:
+        """Entropy of the load over log E: 1 is even, 0 is all on one."""
+        load = self.load
+        scale = math.log(load.numel()) if load.numel() > 1 else 1.0
+        return -torch.xlogy(load, load).sum() / scale
+
+    @property
+    def dead_experts(self) -> Int[Tensor, ""]:
+        """How many experts got nothing."""
+        return (self.tokens_per_expert == 0).sum()
+
+    @property
+    def drop_rate(self) -> Float[Tensor, ""]:
+        """Dropped assignments over all."""
+        return self.dropped / self.tokens_per_expert.sum().clamp(min=1)
+
+    @property
+    def confidence(self) -> Float[Tensor, ""]:
+        """Mean score of a token's best expert."""
+        return self.top_score_sum / self.tokens.clamp(min=1)
+
+    def floats(self) -> dict[str, float]:
+        """All figures but the load itself, as Python numbers; waits for the device once."""
+        names = ("max_vio", "cv", "entropy", "dead_experts", "drop_rate", "confidence")
+        values = (
+            self.max_vio, self.coefficient_of_variation, self.entropy, self.dead_experts, self.drop_rate,
+            self.confidence,
+        )  # fmt: skip
+        return dict(zip(names, torch.stack([value.float() for value in values]).tolist()))
+
+
+@final
+class LoadCounter:
+    """Adds up the decisions of one layer. No module and no buffer: a ``.to(bfloat16)`` must not touch a count."""
+
+    def __init__(self) -> None:
+        self._stats: LoadStats | None = None
+
+    def count(self, chosen: Routing, kept: Routing) -> None:
+        """Add one call.
+
+        Args:
+            chosen: the router's decision.
+            kept: the same after capacity.
+        """
+        stats = count_load(chosen, kept)
+        self._stats = stats if self._stats is None else self._stats + stats
+
+    def take(self) -> LoadStats | None:
+        """What was counted since the last time, None if nothing; starts again from zero."""
+        stats, self._stats = self._stats, None
+        return stats
+
+
+@torch.no_grad()
+def count_load(chosen: Routing, kept: Routing) -> LoadStats:
+    """The load of one decision."""
+    counts = chosen.tokens_per_expert()
+    dropped = torch.zeros_like(counts[0]) if kept is chosen else counts.sum() - kept.tokens_per_expert().sum()
+    top = chosen.scores.amax(-1) if chosen.num_experts else chosen.scores.new_zeros(len(chosen.scores))
+    if chosen.token_mask is None:
+        tokens = torch.full_like(counts[0], len(top))
+    else:
+        tokens, top = chosen.token_mask.sum(), top.masked_fill(~chosen.token_mask, 0.0)
+    return LoadStats(counts, dropped, tokens, top.sum().float())
+
+
+def max_violation(tokens_per_expert: Int[Tensor, " E"]) -> Float[Tensor, ""]:
+    """``max_e load_e / mean load - 1``; 0 where nothing was counted (arXiv 2408.15664, equation 4)."""
+    total = tokens_per_expert.sum()
+    violation = tokens_per_expert.max() * tokens_per_expert.numel() / total.clamp(min=1) - 1
+    return torch.where(total > 0, violation, torch.zeros_like(violation))
+
+
+def max_violation_floor(num_experts: int, tokens_per_expert: float) -> float:
+    """MaxVio that a perfectly balanced random router shows by chance: about ``sqrt(2 ln E / n)``.
+
+    Args:
+        num_experts: E.
+        tokens_per_expert: n, the mean number of assignments an expert got.
+    """
+    if num_experts < 2 or tokens_per_expert <= 0:
+        return 0.0
+    return math.sqrt(2 * math.log(num_experts) / tokens_per_expert)

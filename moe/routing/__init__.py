@@ -1,0 +1,15 @@
+"""Tokens over experts: scores, selection, weights, capacity."""
+
+from moe.routing.capacity import limit_capacity
+from moe.routing.router import Router
+from moe.routing.routers import ROUTERS, SigmoidRouter, SoftmaxRouter, SwitchRouter, TopKSoftmaxRouter
+
+__all__ = [
+    "ROUTERS",
+    "Router",
+    "SigmoidRouter",
+    "SoftmaxRouter",
+    "SwitchRouter",
+    "TopKSoftmaxRouter",
+    "limit_capacity",
+]

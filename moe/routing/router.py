@@ -1,0 +1,171 @@
+"""What every router does: logits in float32, scores, a decision, weights.
+
+Sizes: T tokens, D dim, E experts, K experts per token.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moe.config import require_positive, require_top_k
+from moe.errors import ConfigError
+from moe.init import fan_in_normal_
+from moe.types import Routing
+
+
+class Router(nn.Module, ABC):
+    """A linear map from tokens to experts, and a decision made from its logits.
+
+    Logits, scores, selection and weights are computed in float32 whatever the dtype of the layer or of autocast, since
+    a bfloat16 logit has 8 bits and flips decisions between near experts. (In a float64 layer all of it is float64.)
+
+    Ties go to the expert with the lower id, so that a decision does not depend on the device.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: K.
+        normalize: divide a token's kept scores by their sum. None means "where K > 1": with one expert the weight would
+            always be 1, and the router would get no gradient from the model's loss.
+        scale: factor on the weights (DeepSeek-V3's ``routed_scaling_factor``, arXiv 2412.19437, section 2.1.2).
+        score_bias: keep a bias per expert that is added to the scores for *selection* only (arXiv 2408.15664). It is a
+            buffer, stays float32 under any ``.to(dtype)``, and is moved by ``moe.balance_step``.
+
+    Raises:
+        ConfigError: sizes that are not positive, top_k of 0 or above num_experts, normalize=True with top_k=1.
+
+    Init:
+        ``weight (E, D)``: truncated normal of standard deviation sqrt(0.1 / D), see ``moe.init``.
+    """
+
+    selects_by_score: ClassVar[bool] = False
+    """Select on scores even without a bias, where a router is defined that way."""
+
+    weight: nn.Parameter
+    score_bias: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        normalize: bool | None = None,
+        scale: float = 1.0,
+        score_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_positive(dim=dim, num_experts=num_experts, scale=scale)
+        require_top_k(top_k, num_experts)
+        if normalize and top_k == 1:
+            raise ConfigError(
+                "normalize=True with top_k=1 makes every weight 1, so the router would learn nothing; "
+                "leave normalize=None or raise top_k"
+            )
+        self.dim, self.num_experts, self.top_k, self.scale = dim, num_experts, top_k, scale
+        self.normalize = top_k > 1 if normalize is None else normalize
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if score_bias else None
+        self.register_buffer("score_bias", bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew and set the bias to zero."""
+        fan_in_normal_(self.weight, self.dim)
+        if self.score_bias is not None:
+            self.score_bias.zero_()
+
+    @abstractmethod
+    def score(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """Turn logits into scores; must not change the order of a token's experts."""
+
+    @abstractmethod
+    def weigh(
+        self, scores: Float[Tensor, "T E"], logits: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"]
+    ) -> Float[Tensor, "T K"]:
+        """Weights of the chosen experts before ``scale``; the selection bias has no part in them."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "T D"],
+        token_mask: Bool[Tensor, " T"] | None = None,
+        expert_ids: Int[Tensor, "T K"] | None = None,
+    ) -> Routing:
+        """Decide where each token goes.
+
+        Args:
+            x: tokens, any floating dtype.
+            token_mask: False for padding, which gets no expert and is counted nowhere. None: all tokens count.
+            expert_ids: a decision made earlier, to be replayed rather than made anew; scores and weights are computed
+                from ``x`` all the same, so that gradients flow.
+
+        Returns:
+            The decision; gradients flow through ``weights``, ``scores`` and ``logits``.
+        """
+        logits = self.logits(x)
+        scores = self.score(logits)
+        if expert_ids is None:
+            expert_ids = self.select(logits.detach(), scores.detach())
+            if token_mask is not None:
+                expert_ids = expert_ids.masked_fill(~token_mask[:, None], -1)
+        weights = self.weigh(scores, logits, expert_ids.clamp(min=0).long()) * self.scale
+        weights = weights.masked_fill(expert_ids < 0, 0.0)
+        return Routing(expert_ids, weights, scores, logits, token_mask)
+
+    def logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
+        """Router outputs in float32 (float64 for float64 tokens), outside any autocast."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.to(dtype), self.weight.to(dtype))
+
+    def select(self, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"]) -> Int[Tensor, "T K"]:
+        """Choose K experts for each token, best first.
+
+        Without a bias the order of the logits decides (but for ``selects_by_score``), which keeps apart what scores
+        round to the same value: a sigmoid of 20 and of 25 are both 1 in float32.
+        """
+        keys = scores if self.selects_by_score else logits
+        if self.score_bias is not None:
+            keys = scores + self.score_bias
+        return top_k_lowest_id_first(keys, self.top_k)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Router":
+        """Move as any module does, but keep the bias in float32: steps of 0.001 vanish in bfloat16."""
+        before = self.score_bias
+        super()._apply(fn, recurse)
+        after = self.score_bias
+        if before is not None and after is not None and after.dtype != torch.float32:
+            same = torch.empty_like(after, dtype=torch.float32) if before.is_meta else before.to(after.device)
+            self.score_bias = same
+        return self
+
+    def extra_repr(self) -> str:
+        """Options in the module's printed form."""
+        bias = self.score_bias is not None
+        return (
+            f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, normalize={self.normalize}, "
+            f"scale={self.scale}, score_bias={bias}"
+        )
+
+
+def top_k_lowest_id_first(keys: Float[Tensor, "T E"], k: int) -> Int[Tensor, "T K"]:
+    """The columns of the ``k`` largest keys of each row, largest first, equal keys by rising column; int32."""
+    order = torch.sort(keys, dim=-1, descending=True, stable=True).indices
+    return order[:, :k].int()
+
+
+def chosen_scores(
+    scores: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"], normalize: bool
+) -> Float[Tensor, "T K"]:
+    """The chosen experts' scores, divided by their sum where ``normalize``."""
+    chosen = scores.gather(1, expert_ids)
+    if not normalize:
+        return chosen
+    # The floor matters only where every chosen score has underflowed; it is the smallest normal number.
+    return chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)

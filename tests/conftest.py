@@ -1,0 +1,30 @@
+"""What every test starts from: one thread, fixed seeds, and no GPU test where there is no GPU."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# One thread: results do not depend on how a sum was split, and small tensors run faster.
+torch.set_num_threads(1)
+
+# No deadline: a machine under load is no failure. Derandomised: a run that passed passes again.
+settings.register_profile("moe", deadline=None, derandomize=True)
+settings.load_profile("moe")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() or torch.empty(0).is_cuda:  # ttsem, a stand-in for a GPU, has every tensor say so
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; `make test-kernels` executes it on the CPU"))
