@@ -75,7 +75,7 @@ constraints: ## renew the pins in constraints.txt; read the difference before yo
 	rm -rf build/constraints && mkdir -p build/constraints
 	sed '/^# ---/q' constraints.txt > build/constraints/head.txt
 	$(call install,build/constraints/venv,build/constraints/head.txt)
-	build/constraints/venv/bin/python -m pip freeze --all --exclude-editable \
-		--exclude pip --exclude torch --exclude triton --exclude ttsem \
+	build/constraints/venv/bin/python -m pip freeze --all --exclude-editable --exclude pip \
+		$$(sed -n 's/^\([a-z].*\)==.*/--exclude \1/p' build/constraints/head.txt) \
 		| grep -v '^nvidia-\|^cuda-' > build/constraints/pins.txt
 	cat build/constraints/head.txt build/constraints/pins.txt > constraints.txt

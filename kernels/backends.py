@@ -7,6 +7,7 @@ because the compiler traces *into* a Triton op on whatever device it runs.
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,14 +36,15 @@ def register(
         name: without namespace; the op becomes ``moe::<name>``, and ``moe::<name>_triton`` on GPUs.
         fake: what the op returns, as empty tensors of the right shape, dtype and device.
         reference: the PyTorch implementation. Opaque to the compiler, so it may read values of CPU tensors.
-        triton: the function that launches the kernels through ``wrap_triton``; None without Triton.
+        triton: the function that launches the kernels through ``wrap_triton``; None without Triton. The kernels are
+            ``no_type_check``: Triton compiles their source, which type checkers that wrap functions would hide.
 
     Returns:
         The op of each backend, by the backend's name.
     """
     ops = {"reference": custom_op(f"moe::{name}", reference, mutates_args=())}
     if triton is not None:
-        ops["triton"] = triton_op(f"moe::{name}_triton", triton, mutates_args=())
+        ops["triton"] = cast(CustomOpDef, triton_op(f"moe::{name}_triton", triton, mutates_args=()))
     for op in ops.values():
         op.register_fake(fake)
     return ops

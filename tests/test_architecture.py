@@ -1,20 +1,16 @@
 """Holds the layers and the sizes on every file, and holds the checker on planted violations."""
 
-import ast
 import re
 from pathlib import Path
 
 import pytest
 
 from tests.support.architecture import (
-    DYNAMIC,
-    LAZY,
     MAX_FILE_LINES,
     MAX_FUNCTION_LINES,
     ONLY_IN,
     find_cycle,
     read_graph,
-    read_imports,
     violations,
     within,
 )
@@ -79,16 +75,6 @@ def test_the_folder_of_kernels_is_no_module_and_in_no_cycle() -> None:
     sources = {"moe.__init__": "import moe.layer", "moe.layer": "from moe import kernels", "moe.kernels.plan": ""}
     assert read_graph(sources)["moe.layer"] == set()
     assert find_cycle(read_graph(sources)) == []
-
-
-def test_lazy_imports_are_few_and_still_there() -> None:
-    hidden = {
-        item.function
-        for module, path in LIBRARY.items()
-        for item in read_imports(ast.parse(path.read_text(encoding="utf-8")), module)
-        if item.function and (within(item.target, "moe") or item.target == DYNAMIC)
-    }
-    assert hidden == LAZY.keys()
 
 
 PLANTED = [  # rule, module, source

@@ -26,19 +26,17 @@ def _fake_sum(rows: Tensor, row_ids: Tensor) -> Tensor:
     return rows.new_empty(row_ids.shape[0], rows.shape[1])
 
 
-def _fake_combine(
-    rows: Tensor, weights: Tensor, row_ids: Tensor, assignments: Tensor, expert_offsets: Tensor
-) -> Tensor:
+def _fake_combine(rows: Tensor, _weights: Tensor, row_ids: Tensor, _assignments: Tensor, _offsets: Tensor) -> Tensor:
     return _fake_sum(rows, row_ids)
 
 
 def _fake_backward(
-    grad: Tensor, rows: Tensor, weights: Tensor, assignments: Tensor, expert_offsets: Tensor
+    _grad: Tensor, rows: Tensor, weights: Tensor, _assignments: Tensor, _offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows), torch.empty_like(weights)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def] # noqa: ARG001
     rows, weights, _, assignments, expert_offsets = inputs
     ctx.save_for_backward(rows, weights, assignments, expert_offsets)
 
@@ -71,7 +69,7 @@ def combine_rows(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     """Sum each token's rows by weight: ``y[t] = sum_k weights[t, k] * rows[plan.rows[t, k]]``.
 
     The sum runs over k in ascending order and is kept in float32 (float64 for float64), so that it is the same on
-    every run and for every batch around a token. Choices of no expert are skipped, and rows of no expert are not
+    every run. Choices of no expert are skipped, and rows of no expert are not
     read: they may hold anything. Their gradients are exactly zero.
 
     Args:

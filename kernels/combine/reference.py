@@ -16,6 +16,8 @@ def _accumulate(rows: Tensor, weights: Tensor | None, row_ids: Tensor) -> Tensor
     total = rows.new_zeros(tokens, rows.shape[1], dtype=accumulation_dtype(rows.dtype))
     is_none = row_ids < 0
     any_none = bool(is_none.any())
+    if any_none and weights is not None:
+        weights = weights.masked_fill(is_none, 0)
     source = row_ids.clamp(min=0)
     for k in range(top_k):
         picked = rows.index_select(0, source[:, k])
@@ -42,7 +44,11 @@ def sum_rows(rows: Tensor, row_ids: Tensor) -> Tensor:
 
 
 def combine_rows(
-    rows: Tensor, weights: Tensor, row_ids: Tensor, assignments: Tensor, expert_offsets: Tensor
+    rows: Tensor,
+    weights: Tensor,
+    row_ids: Tensor,
+    assignments: Tensor,  # noqa: ARG001
+    expert_offsets: Tensor,  # noqa: ARG001
 ) -> Tensor:
     """Sum each token's rows by weight; see :func:`moe.kernels.combine.combine_rows`.
 

@@ -1,5 +1,7 @@
 """Combining rows on GPUs: a token belongs to one program, which adds its rows in a fixed order; no atomics."""
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,8 @@ BLOCK_TOKENS = 4
 MAX_BLOCK_DIM = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "top_k"])
+@no_type_check
 def _combine_kernel(
     rows,
     weights,
@@ -41,7 +44,8 @@ def _combine_kernel(
     tl.store(out + offset, total.to(out.dtype.element_ty), mask=in_tokens[:, None] & in_dim[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_experts"])
+@no_type_check
 def _combine_backward_kernel(
     grad,
     rows,
@@ -115,9 +119,7 @@ def sum_rows(rows: Tensor, row_ids: Tensor) -> Tensor:
     return _launch_combine(rows, None, row_ids)
 
 
-def combine_rows(
-    rows: Tensor, weights: Tensor, row_ids: Tensor, assignments: Tensor, expert_offsets: Tensor
-) -> Tensor:
+def combine_rows(rows: Tensor, weights: Tensor, row_ids: Tensor, assignments: Tensor, expert_offsets: Tensor) -> Tensor:
     """Sum each token's rows by weight; see :func:`moe.kernels.combine.combine_rows`.
 
     Args:

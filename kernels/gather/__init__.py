@@ -20,11 +20,11 @@ if HAS_TRITON:
     from moe.kernels.gather import triton_backend
 
 
-def _fake(x: Tensor, assignments: Tensor, rows: Tensor) -> Tensor:
+def _fake(x: Tensor, assignments: Tensor, _rows: Tensor) -> Tensor:
     return x.new_empty(assignments.shape[0], x.shape[1])
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def] # noqa: ARG001
     ctx.save_for_backward(inputs[2])
 
 

@@ -1,5 +1,7 @@
 """Gathering rows on GPUs: each program copies a tile of rows."""
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,7 +11,8 @@ BLOCK_ROWS = 4
 MAX_BLOCK_DIM = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it changes from batch to batch: one compilation serves all
+@no_type_check
 def _gather_kernel(
     x, assignments, out, num_rows, dim, TOP_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr
 ):

@@ -8,6 +8,7 @@ Example, E=2 experts from I=8 to O=5 features, 4 rows, ``expert_offsets = [0, 3,
     out[3]   = 0                          # no expert's row: not read, its gradient is zero
 """
 
+import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
@@ -19,7 +20,7 @@ if HAS_TRITON:
     from moe.kernels.grouped_mm import triton_backend
 
 
-def _fake(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+def _fake(rows: Tensor, weight: Tensor, _expert_offsets: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
@@ -27,7 +28,7 @@ def _fake_weight_grad(grad: Tensor, rows: Tensor, expert_offsets: Tensor) -> Ten
     return rows.new_empty(expert_offsets.shape[0] - 1, grad.shape[1], rows.shape[1])
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def] # noqa: ARG001
     ctx.save_for_backward(*inputs)
 
 
@@ -42,9 +43,7 @@ def _register_autograd(op: CustomOpDef, weight_grad: CustomOpDef) -> None:
     op.register_autograd(backward, setup_context=_setup_context)
 
 
-_GROUPED_MM = register(
-    "grouped_mm", _fake, reference.grouped_mm, triton_backend.grouped_mm if HAS_TRITON else None
-)
+_GROUPED_MM = register("grouped_mm", _fake, reference.grouped_mm, triton_backend.grouped_mm if HAS_TRITON else None)
 _GROUPED_MM_WEIGHT_GRAD = register(
     "grouped_mm_weight_grad",
     _fake_weight_grad,
@@ -71,8 +70,10 @@ def grouped_mm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
         ``(N, O)``, dtype of ``rows``.
 
     Raises:
-        ShapeError: the shapes do not fit together, or on the CPU ``expert_offsets`` does not ascend from 0 to at most N.
-        DtypeError: ``rows`` and ``weight`` differ, or the kernels of their device do not compute with their dtype.
+        ShapeError: the shapes do not fit together, or on the CPU ``expert_offsets`` does not ascend from 0 to at
+            most N.
+        DtypeError: ``rows`` and ``weight`` differ, the kernels of their device do not compute with their dtype, or
+            ``expert_offsets`` is not int32.
     """
     if rows.ndim != 2 or weight.ndim != 3 or rows.shape[1] != weight.shape[2]:
         raise ShapeError(
@@ -83,4 +84,6 @@ def grouped_mm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
     check_float("rows", rows)
     if weight.dtype != rows.dtype:
         raise DtypeError(f"weight has dtype {weight.dtype}, must be {rows.dtype} as rows")
+    if expert_offsets.dtype != torch.int32:
+        raise DtypeError(f"expert_offsets has dtype {expert_offsets.dtype}, must be int32")
     return _GROUPED_MM[backend_of(rows)](rows.contiguous(), weight.contiguous(), expert_offsets)

@@ -1,5 +1,7 @@
 """Grouped products in PyTorch: the definition, and the path of the CPU. One product an expert that has rows."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from moe.errors import ShapeError
 def _rows_per_group(expert_offsets: Tensor, num_rows: int) -> list[int]:
     """Turn offsets into the sizes of the experts' groups, and of the group of no expert behind them."""
     offsets = [*expert_offsets.tolist(), num_rows]
-    sizes = [end - start for start, end in zip(offsets, offsets[1:])]
+    sizes = [end - start for start, end in pairwise(offsets)]
     if offsets[0] != 0 or min(sizes) < 0:
         raise ShapeError(f"expert_offsets={offsets[:-1]} must start at 0 and ascend to at most {num_rows}, the rows")
     return sizes

@@ -5,6 +5,8 @@ has room for the most tiles there can be (at most one partly filled tile a group
 counting tiles over the offsets. Rows of no expert are one more group, whose tiles are stored as zeros.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -19,14 +21,16 @@ NUM_STAGES = 3
 
 
 def _depth(dtype: torch.dtype) -> int:
-    """Elements of a tile along the summed dimension: 128 bytes of them, so that three stages fit in 96 KiB."""
-    return 128 // dtype.itemsize
+    """Elements of a tile along the summed dimension: three stages of both operands fit in 96 KiB.
+
+    Products of float32 are not for tensor cores but unrolled into the program, which a deep tile would bloat.
+    """
+    return 16 if dtype == torch.float32 else 64
 
 
 @triton.jit
-def _find_tile(
-    tile, expert_offsets, num_rows, num_experts, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr
-):
+@no_type_check
+def _find_tile(tile, expert_offsets, num_rows, num_experts, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
     """The group of a tile, its first row and the end of its group; an empty range past the last tile."""
     group = tl.arange(0, BLOCK_GROUPS)
     start = tl.load(expert_offsets + group, mask=group <= num_experts, other=num_rows)
@@ -38,7 +42,8 @@ def _find_tile(
     return mine, first, tl.sum(tl.where(group == mine, end, 0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_experts"])  # they say nothing about alignment
+@no_type_check
 def _grouped_mm_kernel(
     rows,
     weight,
@@ -84,6 +89,7 @@ def _grouped_mm_kernel(
 
 
 @triton.jit
+@no_type_check
 def _weight_grad_kernel(
     grad,
     rows,

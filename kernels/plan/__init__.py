@@ -20,7 +20,7 @@ if HAS_TRITON:
     from moe.kernels.plan import triton_backend
 
 
-def _fake(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(expert_ids: Tensor, num_experts: int | torch.SymInt) -> tuple[Tensor, Tensor, Tensor]:
     new = expert_ids.new_empty
     return new(expert_ids.numel()), new(num_experts + 1), new(expert_ids.shape)
 

@@ -24,7 +24,9 @@ def make_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     if ids.numel():
         low, high = (int(bound) for bound in ids.aminmax())
         if low < -1 or high >= num_experts:
-            raise ConfigError(f"expert_ids has values {low} .. {high}, must be -1 .. num_experts - 1 = {num_experts - 1}")
+            raise ConfigError(
+                f"expert_ids has values {low} .. {high}, must be -1 .. num_experts - 1 = {num_experts - 1}"
+            )
     is_none = ids < 0
     bucket = ids.masked_fill(is_none, num_experts)  # sorts behind every expert
     # NumPy's stable sort of 16-bit integers is a radix sort, about ten times as fast as torch.sort here.

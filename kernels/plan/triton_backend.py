@@ -5,6 +5,8 @@ block's share of each expert, and every block then places its own. Within a bloc
 of earlier ones with the same expert: no atomics, so the order is the order of the assignments.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -13,9 +15,12 @@ from torch.library import wrap_triton
 
 # Ranks cost BLOCK comparisons an assignment, the counts (E + 1) * N / BLOCK integers: both small at 128.
 BLOCK = 128
+# Sizes that change from batch to batch and say nothing about alignment: one compilation serves all of them.
+SIZES = ["num_assignments", "num_experts", "num_blocks"]
 
 
 @triton.jit
+@no_type_check
 def _load_buckets(ids, first, num_assignments, num_experts, BLOCK: tl.constexpr):
     """A block's experts; num_experts for none, and past the end a value that no assignment has."""
     index = first + tl.arange(0, BLOCK)
@@ -27,7 +32,8 @@ def _load_buckets(ids, first, num_assignments, num_experts, BLOCK: tl.constexpr)
     return index, inside, is_expert, tl.where(inside, bucket, num_experts + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
+@no_type_check
 def _count_kernel(ids, counts, num_assignments, num_experts, num_blocks, BLOCK: tl.constexpr):
     """Write how often each bucket occurs in this block; ``counts`` is zero before."""
     block = tl.program_id(0)
@@ -40,10 +46,9 @@ def _count_kernel(ids, counts, num_assignments, num_experts, num_blocks, BLOCK: 
     tl.store(counts + bucket.to(tl.int64) * num_blocks + block, count, mask=inside & (later == 0))
 
 
-@triton.jit
-def _place_kernel(
-    ids, first_rows, assignments, rows, num_assignments, num_experts, num_blocks, BLOCK: tl.constexpr
-):
+@triton.jit(do_not_specialize=SIZES)
+@no_type_check
+def _place_kernel(ids, first_rows, assignments, rows, num_assignments, num_experts, num_blocks, BLOCK: tl.constexpr):
     """Give each assignment of this block its row: where its bucket's share begins, plus its rank in the block."""
     block = tl.program_id(0)
     index, inside, is_expert, bucket = _load_buckets(ids, block * BLOCK, num_assignments, num_experts, BLOCK)

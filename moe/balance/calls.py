@@ -66,6 +66,10 @@ class CallLog:
         self._without_graph: deque[Call] = deque(maxlen=_MAX_OPEN_CALLS)
         self._pending: deque[PendingLoss] = deque(maxlen=_MAX_OPEN_CALLS)
 
+    def open_calls(self) -> tuple[Call, ...]:
+        """The calls that could be recomputed, in no order."""
+        return (*self._with_graph, *self._without_graph)
+
     @property
     def any_open(self) -> bool:
         """Whether any call could be recomputed."""
@@ -83,7 +87,7 @@ class CallLog:
         Raises:
             RecomputationError: no open call, or none that agrees.
         """
-        calls = [call for call in (*self._with_graph, *self._without_graph) if len(call.chosen) == num_tokens]
+        calls = [call for call in self.open_calls() if len(call.chosen) == num_tokens]
         if not calls:
             raise RecomputationError(
                 f"a backward pass recomputes a call of {num_tokens} tokens that this layer has not made in training "

@@ -4,12 +4,11 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from moe.errors import CheckpointError
@@ -51,10 +50,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         # The format knows neither strides nor shared memory; only tensors that need it are copied.
         storage = storage_id(tensor)
         copy = storage in seen or not tensor.is_contiguous()
-        separate[name] = tensor.detach().contiguous().clone() if copy else tensor.detach()
+        separate[name] = tensor.clone(memory_format=torch.contiguous_format) if copy else tensor
         seen.add(storage)
     with _naming(path):
         save_file(separate, path)
+        # safetensors keeps its files from everybody but their owner; the folder's mode is what the umask leaves.
+        path.chmod(path.parent.stat().st_mode & 0o666)
         sync(path)
 
 
@@ -84,14 +85,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def discard(path: Path) -> None:
-    """Delete a folder; one that cannot be deleted is warned of and stays, because no result depends on it."""
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        warnings.warn(f"{path} cannot be deleted: {error}", CheckpointWarning, stacklevel=2)
 
 
 def write_sums(folder: Path) -> None:

@@ -22,7 +22,7 @@ def load_model(path: Path | str, model: nn.Module) -> Mapping[str, Any]:
     """Load a model's tensors from a checkpoint folder, for inference: no optimizer, no random generators.
 
     Args:
-        path: folder of one checkpoint; only ``checkpoint.json``, ``model.safetensors`` and ``SHA256SUMS`` need be there.
+        path: folder of one checkpoint; of its files, those of the optimizer and the generators may be missing.
         model: of the architecture that was saved, on any device.
 
     Returns:

@@ -72,7 +72,7 @@ def differences(checkpoint: Architecture, model: Architecture) -> list[str]:
     return found
 
 
-def to_json(specs: Architecture) -> dict[str, dict[str, object]]:
+def to_json(specs: Architecture) -> dict[str, dict[str, Any]]:
     """An architecture as JSON; ``tied_to`` is there only where a tensor is tied."""
     return {
         name: {"shape": list(spec.shape), "dtype": spec.dtype} | ({"tied_to": spec.tied_to} if spec.tied_to else {})

@@ -67,7 +67,8 @@ def decode_optimizer(
     if len(names) != len(record["groups"]):
         raise CheckpointError(f"optimizer has {len(names)} groups, the checkpoint's has {len(record['groups'])}")
     packed_groups = optimizer.state_dict()["param_groups"]
-    groups, indices = [], {}
+    groups: list[dict[str, Any]] = []
+    indices: dict[str, int] = {}
     for number, (saved, group, packed) in enumerate(zip(record["groups"], names, packed_groups)):
         odd = sorted(set(saved["parameters"]) ^ set(group))
         if odd:
@@ -111,4 +112,4 @@ def _with_dtypes_of(saved: Any, loaded: Any) -> Any:
         return {key: _with_dtypes_of(value, loaded[key]) for key, value in saved.items()}
     if isinstance(saved, list | tuple):
         return type(saved)(_with_dtypes_of(value, other) for value, other in zip(saved, loaded))
-    return loaded
+    return saved

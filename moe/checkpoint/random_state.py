@@ -18,13 +18,15 @@ def encode_random() -> tuple[dict[str, Any], dict[str, Tensor]]:
         JSON, and the tensors in it.
     """
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    # A copy of numpy's state; its Mersenne twister's words are the only array in it, and the format wants tensors.
+    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
+    numpy["state"] = numpy["state"] | {"key": torch.from_numpy(numpy["state"]["key"].astype(np.int64))}
     # Asking for CUDA's generators would start CUDA, and a process that has not started it has not drawn from them.
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     state = {
         "torch": torch.get_rng_state(),
         "cuda": cuda,
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": numpy,
         "python": [version, torch.tensor(words), gauss],
     }
     tensors: dict[str, Tensor] = {}
@@ -41,7 +43,7 @@ def restore_random(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     if torch.cuda.is_available():
         for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(cuda, device)
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    words = state["numpy"]["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state(state["numpy"] | {"state": state["numpy"]["state"] | {"key": words}})
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))

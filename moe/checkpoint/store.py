@@ -1,16 +1,17 @@
 """A folder of checkpoints, of which the newest good one can always be found."""
 
-import os
 import re
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import nn
 
-from moe.checkpoint.files import FILES, SUMS, CheckpointWarning, discard, locked, sync
+from moe.checkpoint.files import FILES, SUMS, CheckpointWarning, locked, sync
 from moe.checkpoint.loading import load_checkpoint
 from moe.checkpoint.record import Checkpoint, read_checkpoint, write_checkpoint
 from moe.errors import CheckpointError, ConfigError
@@ -81,15 +82,14 @@ class CheckpointStore:
                 self._sweep()
                 try:
                     self._write(path, step, model, optimizer, state)
+                    self._prune(path)
                 finally:
                     self._sweep()
-                self._prune(path)
         except Exception as error:
             reason = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
             good = next((old for old in self._folders() if self._is_good(old)), None)
-            raise CheckpointError(
-                f"step {step} cannot be saved in {self.folder}: {reason}; the last good checkpoint is {good}"
-            ) from error
+            last = f"the last good checkpoint is {good}" if good else "there is no good checkpoint in it"
+            raise CheckpointError(f"step {step} cannot be saved in {self.folder}: {reason}; {last}") from error
         return path
 
     def latest(self) -> Checkpoint | None:
@@ -136,42 +136,41 @@ class CheckpointStore:
         write_checkpoint(draft, step, model, optimizer, state)
         sync(draft)
         if path.exists():  # a folder can only be renamed to a name that is free
-            os.rename(path, self.folder / f"{_REPLACED}{path.name}")  # noqa: PTH104 (one spelling, see next line)
-        os.rename(draft, path)  # noqa: PTH104
+            path.rename(self.folder / f"{_REPLACED}{path.name}")
+        draft.rename(path)
         sync(self.folder)
         self._verified[path] = _stamp(path)
 
     def _sweep(self) -> None:
         """Delete half-written and half-deleted folders; put one back that was moved for a successor that never came."""
         for path in sorted(self.folder.iterdir()):
-            if path.name.startswith((_WRITING, _REMOVING)):
-                discard(path)
-            elif path.name.startswith(_REPLACED):
-                place = self.folder / path.name.removeprefix(_REPLACED)
-                if place.exists():
-                    discard(path)
-                else:
-                    path.rename(place)
+            place = self.folder / path.name.removeprefix(_REPLACED)
+            if path.name.startswith(_REPLACED) and not place.exists():
+                path.rename(place)
+            elif path.name.startswith((_WRITING, _REMOVING, _REPLACED)):
+                with _deleting(path):
+                    shutil.rmtree(path)
 
     def _prune(self, written: Path) -> None:
-        """Delete checkpoints older than the last ``keep`` good ones, of which ``written`` is one."""
-        good = 1
+        """Condemn checkpoints older than the last ``keep`` good ones, of which ``written`` is one.
+
+        They are renamed, and the next sweep deletes them: a half-deleted folder never passes for a damaged checkpoint.
+        """
+        good = 1  # written
         for path in self._folders():
             if path == written:
                 continue
             if good < self.keep:
                 good += self._is_good(path)
                 continue
-            # Renamed first, so that a half-deleted folder is never taken for a damaged checkpoint.
-            condemned = self.folder / f"{_REMOVING}{path.name}"
-            path.rename(condemned)
-            discard(condemned)
+            with _deleting(path):
+                path.rename(self.folder / f"{_REMOVING}{path.name}")
 
     def _folders(self) -> list[Path]:
         """The folders that are named like checkpoints, highest step first."""
-        steps = {}
-        for path in self.folder.iterdir():
-            match = re.fullmatch(r"step_(\d{8,})", path.name)
+        steps: dict[Path, int] = {}
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            match = re.fullmatch(r"step_(\d{8}|[1-9]\d{8,})", path.name)
             if match and path.is_dir():
                 steps[path] = int(match[1])
         return sorted(steps, key=lambda path: steps[path], reverse=True)
@@ -186,6 +185,15 @@ class CheckpointStore:
         except (CheckpointError, OSError):
             return False
         return True
+
+
+@contextmanager
+def _deleting(path: Path) -> Iterator[None]:
+    """Warn of a folder that cannot be deleted, and let it be: what was saved is saved."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{path} cannot be deleted: {error}", CheckpointWarning, stacklevel=3)
 
 
 def _stamp(path: Path) -> tuple[tuple[int, ...], ...]:

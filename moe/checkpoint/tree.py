@@ -45,9 +45,8 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             if not isinstance(key, str) or key.startswith("$"):
                 raise CheckpointError(f"{path} has the key {key!r}: keys must be str and not start with $")
         return {key: encode(item, f"{path}/{key}", tensors) for key, item in value.items()}
-    raise CheckpointError(
-        f"{path} is a {type(value).__name__}: a checkpoint holds None, bool, int, float, str, list, tuple, dict, tensors"
-    )
+    kinds = "None, bool, int, float, str, tensors, and lists, tuples and dicts of them"
+    raise CheckpointError(f"{path} is a {type(value).__name__}: a checkpoint holds {kinds}")
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:

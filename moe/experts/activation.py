@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from moe.config import Activation
 
 
-def activate(up: Float[Tensor, "N U"], activation: Activation) -> Float[Tensor, "N F"]:
+def activate(up: Float[Tensor, "*rows U"], activation: Activation) -> Float[Tensor, "*rows F"]:
     """Apply an activation to the output of the up projection.
 
     Args:

@@ -1,38 +1,21 @@
 """One layer of a decoder: attention, then a feed-forward that is dense or a mixture of experts."""
 
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from moe.experts import FeedForward
 from moe.layer import MoE
 from moe.models.attention import Attention
 from moe.models.cache import LayerCache
 from moe.models.config import DecoderConfig
 
 
-class SwiGLU(nn.Module):
-    """The dense feed-forward: ``down(silu(gate) * up)``, gate and up from one product, in this order.
-
-    Source: Shazeer 2020, arXiv:2002.05202, equation 6.
-    """
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
-
-    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """Transform each token by itself; any leading dimensions."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-
 class Block(nn.Module):
-    """A pre-norm residual layer; ``ffn`` is a `SwiGLU` or a `moe.MoE`.
+    """A pre-norm residual layer; ``ffn`` is a SwiGLU `moe.experts.FeedForward` or a `moe.MoE`.
 
     `torch.nn.RMSNorm` takes its mean square in float32 at least.
 
-    Source: Xiong et al. 2020, arXiv:2002.04745 (norm before each branch); Zhang & Sennrich 2019, arXiv:1910.07467
+    Source: Xiong et al. 2020, arXiv 2002.04745 (norm before each branch); Zhang & Sennrich 2019, arXiv 1910.07467
     (RMSNorm).
     """
 
@@ -41,11 +24,11 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn: nn.Module
+        self.ffn: FeedForward | MoE
         if config.moe is not None and layer in config.moe_layers:
             self.ffn = MoE(dim=config.dim, **config.moe)
         else:
-            self.ffn = SwiGLU(config.dim, config.ffn_hidden_dim)
+            self.ffn = FeedForward(config.dim, config.ffn_hidden_dim)
 
     def forward(
         self,

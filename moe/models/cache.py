@@ -11,7 +11,9 @@ from moe.models.config import DecoderConfig
 class LayerCache:
     """One layer's part of a `KVCache`."""
 
-    def __init__(self, keys: Float[Tensor, "B max_length Hkv head_dim"], values: Float[Tensor, "B max_length Hkv head_dim"]):
+    def __init__(
+        self, keys: Float[Tensor, "B max_length Hkv head_dim"], values: Float[Tensor, "B max_length Hkv head_dim"]
+    ):
         self._keys = keys
         self._values = values
         self.length = 0

@@ -4,6 +4,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from moe.config import require_positive
 from moe.errors import ConfigError
 from moe.layer import MoE
@@ -83,6 +85,11 @@ class DecoderConfig:
     def _check_moe(self, moe: dict[str, Any]) -> None:
         if "dim" in moe:
             raise ConfigError(f"moe has dim={moe['dim']}; an MoE layer's width is the decoder's dim={self.dim}")
+        if isinstance(moe.get("router"), nn.Module):
+            raise ConfigError(
+                f"moe has router={type(moe['router']).__name__}(...), a module, which all MoE layers would share; "
+                "give its name, or a mapping of name and options, so that each layer makes its own"
+            )
         try:
             inspect.signature(MoE).bind(dim=self.dim, **moe)
         except TypeError as error:

@@ -11,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from moe.config import option
 from moe.errors import DtypeError, ShapeError
+from moe.init import fan_in_normal_
 from moe.layer import MoE
 from moe.models.attention import attention_mask
 from moe.models.block import Block
 from moe.models.cache import KVCache
 from moe.models.config import DecoderConfig
-from moe.models.init import init_weights
+from moe.models.init import EMBEDDING_STD, init_block
 from moe.models.rotary import rotary_tables
 
 
@@ -58,8 +59,14 @@ class Decoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw all weights anew; see `moe.models.init`."""
-        init_weights(self)
+        """Draw all weights anew, as after building on the meta device; see `moe.models.init`."""
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        if self.head is not None:
+            fan_in_normal_(self.head.weight, self.config.dim)
+        self.norm.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, Block):
+                init_block(module, self.config.num_layers)
 
     def forward(
         self,

@@ -5,8 +5,9 @@ interval.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
@@ -71,12 +72,27 @@ class LoadStats:
 
     def floats(self) -> dict[str, float]:
         """All figures but the load itself, as Python numbers; waits for the device once."""
-        names = ("max_vio", "cv", "entropy", "dead_experts", "drop_rate", "confidence")
-        values = (
-            self.max_vio, self.coefficient_of_variation, self.entropy, self.dead_experts, self.drop_rate,
-            self.confidence,
-        )  # fmt: skip
-        return dict(zip(names, torch.stack([value.float() for value in values]).tolist()))
+        figures = {
+            "max_vio": self.max_vio,
+            "cv": self.coefficient_of_variation,
+            "entropy": self.entropy,
+            "dead_experts": self.dead_experts,
+            "drop_rate": self.drop_rate,
+            "confidence": self.confidence,
+        }
+        return dict(zip(figures, torch.stack([figure.float() for figure in figures.values()]).tolist()))
+
+    def to_numbers(self) -> dict[str, Any]:
+        """The counts as plain numbers and lists, for a checkpoint; waits for the device."""
+        return {f.name: getattr(self, f.name).tolist() for f in fields(self)}
+
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, Any], device: torch.device) -> "LoadStats":
+        """The counts that `to_numbers` gave, on a device."""
+        dtypes = {"top_score_sum": torch.float32}
+        return cls(
+            **{name: torch.tensor(n, dtype=dtypes.get(name, torch.int64), device=device) for name, n in numbers.items()}
+        )
 
 
 @final

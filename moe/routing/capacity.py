@@ -31,8 +31,9 @@ def limit_capacity(routing: Routing, capacity_factor: float, policy: DropPolicy)
     """
     num_tokens, top_k = routing.expert_ids.shape
     counted = num_tokens if routing.token_mask is None else routing.token_mask.sum()
-    share = capacity_factor * top_k / routing.num_experts
-    capacity = torch.as_tensor(counted, dtype=torch.float64, device=routing.expert_ids.device).mul(share).ceil()
+    shared = torch.as_tensor(counted, dtype=torch.float64, device=routing.expert_ids.device)
+    # 0.1 * 3 / 3 * 10 is a little above 1 in binary; such noise must not buy a place.
+    capacity = (capacity_factor * top_k * shared / routing.num_experts - 1e-6).ceil()
     if policy is DropPolicy.POSITION:
         rank = rank_in_expert(routing.expert_ids, routing.num_experts)
     else:

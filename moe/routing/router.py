@@ -89,7 +89,7 @@ class Router(nn.Module, ABC):
     def weigh(
         self, scores: Float[Tensor, "T E"], logits: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"]
     ) -> Float[Tensor, "T K"]:
-        """Weights of the chosen experts before ``scale``; the selection bias has no part in them."""
+        """Weights of the chosen experts before ``scale``, finite where there is none (-1)."""
 
     def forward(
         self,
@@ -114,8 +114,7 @@ class Router(nn.Module, ABC):
             expert_ids = self.select(logits.detach(), scores.detach())
             if token_mask is not None:
                 expert_ids = expert_ids.masked_fill(~token_mask[:, None], -1)
-        weights = self.weigh(scores, logits, expert_ids.clamp(min=0).long()) * self.scale
-        weights = weights.masked_fill(expert_ids < 0, 0.0)
+        weights = (self.weigh(scores, logits, expert_ids) * self.scale).masked_fill(expert_ids < 0, 0.0)
         return Routing(expert_ids, weights, scores, logits, token_mask)
 
     def logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
@@ -160,12 +159,17 @@ def top_k_lowest_id_first(keys: Float[Tensor, "T E"], k: int) -> Int[Tensor, "T 
     return order[:, :k].int()
 
 
+def gather_chosen(values: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"], none: float) -> Float[Tensor, "T K"]:
+    """The chosen experts' values, and ``none`` where no expert is."""
+    return values.gather(1, expert_ids.clamp(min=0).long()).masked_fill(expert_ids < 0, none)
+
+
 def chosen_scores(
     scores: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"], normalize: bool
 ) -> Float[Tensor, "T K"]:
     """The chosen experts' scores, divided by their sum where ``normalize``."""
-    chosen = scores.gather(1, expert_ids)
+    chosen = gather_chosen(scores, expert_ids, 0.0)
     if not normalize:
         return chosen
-    # The floor matters only where every chosen score has underflowed; it is the smallest normal number.
+    # The floor matters only where every chosen score is 0 or has underflowed; it is the smallest normal number.
     return chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)

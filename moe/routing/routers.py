@@ -2,11 +2,12 @@
 
 from typing import Any, final
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.errors import ConfigError
-from moe.routing.router import Router, chosen_scores
+from moe.routing.router import Router, chosen_scores, gather_chosen
 
 
 @final
@@ -61,7 +62,8 @@ class TopKSoftmaxRouter(Router):
     ) -> Float[Tensor, "T K"]:
         """Softmax over the chosen logits."""
         del scores
-        return logits.gather(1, expert_ids).softmax(-1)
+        # Not -inf: a token without any expert would get the softmax of nothing, NaN.
+        return gather_chosen(logits, expert_ids, torch.finfo(logits.dtype).min).softmax(-1)
 
 
 @final

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -13,10 +13,16 @@ from torch.utils.tensorboard import SummaryWriter
 from moe.errors import DataError
 from moe.training.run_folder import RunFolder, replace_text
 
-Value: TypeAlias = float | int | str | None | Sequence[float | int | None] | Tensor
+Number: TypeAlias = float | int | None
+"""None stands for a number that is not finite, which JSON has no form for."""
+
+Value: TypeAlias = str | Number | Sequence[Number] | Tensor
 """What a key may stand for: a number, a word, a list of numbers, or a tensor of those."""
 
-Record: TypeAlias = dict[str, float | int | str | None | list[float | int | None]]
+Plain: TypeAlias = str | Number | list[Number]
+"""The same as it is written to a line."""
+
+Record: TypeAlias = dict[str, Plain]
 """One line as it is read back."""
 
 MAX_VIO = "balance/max_vio/"
@@ -75,7 +81,7 @@ class MetricsWriter:
         self._file.close()
         self._events.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(
@@ -142,17 +148,17 @@ def worst_max_vio(record: Mapping[str, object]) -> tuple[str, float] | None:
     return layer, float(value)
 
 
-def _plain(value: Value) -> float | int | str | None | list[float | int | None]:
+def _plain(value: Value) -> Plain:
     if isinstance(value, Tensor):
         return _plain(value.tolist())
-    if isinstance(value, str) or value is None:
+    if isinstance(value, str):
         return value
-    if isinstance(value, Sequence):
-        return [_plain_number(item) for item in value]
-    return _plain_number(value)
+    if value is None or isinstance(value, int | float):
+        return _finite(value)
+    return [_finite(item) for item in value]
 
 
-def _plain_number(value: float | int | None) -> float | int | None:
+def _finite(value: Number) -> Number:
     return None if value is None or not math.isfinite(value) else value
 
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -67,9 +66,9 @@ class Progress:
             line = " · ".join([f"step {self._step}/{self._total}", *self._measures(), self._times()])
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         self._started = self._clock()
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
             self._live.start()
         return self

@@ -38,7 +38,6 @@ ONLY_IN = {  # what may be imported -> by which packages of moe
 }
 
 DYNAMIC = "<dynamic>"  # what import_module and __import__ bring
-LAZY: dict[str, str] = {}  # functions that may import one of our modules when called -> why
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class Import:
 
     target: str
     line: int
-    function: str | None
-    """The function that hides the import, None at the top of the module."""
+    in_function: bool
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,12 @@ class ImportReader(ast.NodeVisitor):
     """Collects imports wherever they hide: in functions, under TYPE_CHECKING, relative, dynamic."""
 
     def __init__(self, module: str) -> None:
-        self.module = module.removesuffix(".__init__")
         self.package = module.rpartition(".")[0]
-        self.functions: list[str] = []
+        self.depth = 0
         self.imports: list[Import] = []
 
     def _add(self, target: str, node: ast.AST) -> None:
-        function = ".".join([self.module, *self.functions]) if self.functions else None
-        self.imports.append(Import(target, node.lineno, function))
+        self.imports.append(Import(target, node.lineno, in_function=self.depth > 0))
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
@@ -95,9 +91,9 @@ class ImportReader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        self.functions.append(node.name)
+        self.depth += 1
         self.generic_visit(node)
-        self.functions.pop()
+        self.depth -= 1
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
         self.visit_FunctionDef(node)
@@ -146,8 +142,8 @@ def _folders(item: Import, module: str) -> Iterator[Violation]:
 
 def _layering(item: Import, module: str, package: str) -> Iterator[Violation]:
     ours = within(item.target, "moe")
-    if (item.target == DYNAMIC or (ours and item.function)) and item.function not in LAZY:
-        yield Violation("hidden", item.line, f"{item.target} is imported where no reader looks: {item.function}")
+    if item.target == DYNAMIC or (ours and item.in_function):
+        yield Violation("hidden", item.line, f"{item.target} is imported where no reader looks for it")
     if not ours:
         return
     target = item.target.split(".")[1] if "." in item.target else ""

@@ -12,11 +12,10 @@ import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tokenizers
-
 from moe.training.data.corpus import STDLIB, Corpus
 from moe.training.data.split import Skipped
 from moe.training.data.token_file import DamagedFileError, FileSeal, replacing
+from moe.training.data.tokenizer import TOKENIZERS_VERSION
 
 FORMAT = 1
 """Changes whenever the same corpus would be written in another way."""
@@ -108,7 +107,7 @@ def cache_folder(cache_dir: str | None, corpus: Corpus, tokenizer: str, vocab_si
         "files": [(os.fsencode(source.name).hex(), source.size, source.mtime_ns) for source in corpus.sources],
         "unreadable": [os.fsencode(what).hex() for what in corpus.unreadable],
         "text_field": corpus.text_field,
-        "tokenizer": ["bpe", vocab_size, tokenizers.__version__] if tokenizer == "bpe" else tokenizer,
+        "tokenizer": ["bpe", vocab_size, TOKENIZERS_VERSION] if tokenizer == "bpe" else tokenizer,
         "val_fraction": val_fraction,
     }
     base = os.environ.get("XDG_CACHE_HOME", "")

@@ -93,7 +93,8 @@ def _find(path: str) -> tuple[Path, Iterable[Path]]:
         if glob.has_magic(part):
             break
         fixed.append(part)
-    matches = (Path(match) for match in glob.iglob(str(place), recursive=True))
+    # not Path.glob, which takes hidden files too and, before 3.13, no files for a "**" at the end
+    matches = (Path(match) for match in glob.iglob(str(place), recursive=True))  # noqa: PTH207
     return Path(*fixed), (match for match in matches if not match.is_dir())
 
 

@@ -52,6 +52,7 @@ class WindowLoader:
         self._tokens = tokens
         self._seq_len = seq_len
         self._batch_size = batch_size
+        self._seed = seed
         self._identity = {"seed": seed, "seq_len": seq_len, "num_tokens": len(tokens), "fingerprint": fingerprint}
         self._enter(epoch=0, index=0)
 
@@ -114,10 +115,9 @@ class WindowLoader:
 
     def _cut(self, epoch: int) -> tuple[int, Permutation]:
         """Where an epoch's first window starts, and the order of its windows."""
-        seed = self._identity["seed"]
         spare = len(self._tokens) - 1 - self._seq_len  # one window has to be left
-        offset = int(draw(1, seed, epoch, "offset")[0]) % min(self._seq_len, spare + 1)
-        return offset, Permutation((len(self._tokens) - 1 - offset) // self._seq_len, seed, epoch)
+        offset = int(draw(1, self._seed, epoch, "offset")[0]) % min(self._seq_len, spare + 1)
+        return offset, Permutation((len(self._tokens) - 1 - offset) // self._seq_len, self._seed, epoch)
 
 
 def eval_batches(
@@ -157,7 +157,7 @@ def target_bytes(targets: Int64[Tensor, "B S"], token_bytes: Integer[np.ndarray,
     Returns:
         Bytes. The bits per byte of a model are its summed loss in nats / log(2) / these.
     """
-    return int(token_bytes[targets.numpy()].sum())
+    return int(token_bytes[targets.cpu().numpy()].sum())
 
 
 def _check_sizes(tokens: np.ndarray, seq_len: int, batch_size: int) -> None:

@@ -49,7 +49,8 @@ class Permutation:
         """The bijection on ``a * b`` numbers."""
         rows = math.isqrt(self.size - 1) + 1
         a, b = np.uint64(rows), np.uint64(-(-self.size // rows))
-        left, right = numbers // b, numbers % b
+        left: np.ndarray = numbers // b
+        right: np.ndarray = numbers % b
         for index, key in enumerate(draw(ROUNDS, self.seed, self.epoch, "order")):
             if index % 2 == 0:
                 left = (left + _mix(right + key) % a) % a

@@ -1,7 +1,6 @@
 """From a path to tokens in memory maps, in one call."""
 
 import logging
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,14 +12,13 @@ from moe.errors import ConfigError
 from moe.training.data.cache import Manifest, cache_folder, read_manifest
 from moe.training.data.corpus import open_corpus
 from moe.training.data.readers import Piece
-from moe.training.data.references import count_bytes, gzip_bits_per_byte, unigram_bits_per_byte
-from moe.training.data.split import Skipped, SplitCorpus, SplitName, split_corpus
+from moe.training.data.references import GzipMeter, count_bytes, unigram_bits_per_byte
+from moe.training.data.split import Skipped, SplitCorpus, split_corpus
 from moe.training.data.token_file import DamagedFileError, FileSeal, SealedWriter, map_tokens, replacing, token_dtype
 from moe.training.data.tokenizer import NUM_BYTES, BpeTokenizer, ByteTokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-SPLITS: tuple[SplitName, ...] = ("train", "val")
 TOKENIZER_FILE = "tokenizer.json"
 
 BATCH_CHARACTERS = 1 << 20
@@ -141,54 +139,63 @@ def _build(split: SplitCorpus, kind: str, vocab_size: int, folder: Path) -> Mani
     files: dict[str, FileSeal] = {}
     tokenizer: Tokenizer = ByteTokenizer()
     if kind == "bpe":
-        bpe = BpeTokenizer.train((piece.text for piece in split.pieces("train")), vocab_size)
+        bpe = BpeTokenizer.train((piece.text for _, piece in split.pieces("train")), vocab_size)
         with replacing(folder / TOKENIZER_FILE) as out:
             out.write(bpe.to_json().encode("utf-8"))
             files[TOKENIZER_FILE] = out.seal()
         tokenizer = bpe
-    counts = {}
-    for name in SPLITS:
-        with replacing(folder / f"{name}.bin") as out:
-            counts[name] = _write_tokens(split.pieces(name), tokenizer, out)
-            files[f"{name}.bin"] = out.seal()
+    with replacing(folder / "train.bin") as train_file, replacing(folder / "val.bin") as val_file:
+        gzip = GzipMeter()
+        train = _TokenWriter(train_file, tokenizer)
+        val = _TokenWriter(val_file, tokenizer, gzip)
+        for name, piece in split.pieces("train", "val"):  # one pass over both, because one file may hold both
+            (train if name == "train" else val).add(piece)
+        files["train.bin"], files["val.bin"] = train.finish(), val.finish()
     manifest = Manifest(
         files=files,
-        train_bytes=int(counts["train"].sum()),
-        val_bytes=int(counts["val"].sum()),
-        unigram_bpb=unigram_bits_per_byte(counts["train"], counts["val"]),
-        gzip_bpb=gzip_bits_per_byte(piece.text.encode("utf-8") for piece in split.pieces("val")),
+        train_bytes=int(train.counts.sum()),
+        val_bytes=int(val.counts.sum()),
+        unigram_bpb=unigram_bits_per_byte(train.counts, val.counts),
+        gzip_bpb=gzip.bits_per_byte(),
         skipped=split.skipped,
     )
     manifest.write(folder)
     return manifest
 
 
-def _write_tokens(pieces: Iterable[Piece], tokenizer: Tokenizer, out: SealedWriter) -> Int[np.ndarray, " 256"]:
-    """Write the tokens of a split; returns how often each byte occurs in its text."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    separator = np.array([tokenizer.separator_id], dtype=dtype)
-    counts = np.zeros(NUM_BYTES, dtype=np.int64)
-    for batch in _batches(pieces):
-        texts = [piece.text for piece in batch]
-        rows: list[np.ndarray] = []
-        for piece, ids in zip(batch, tokenizer.encode_batch(texts)):
+class _TokenWriter:
+    """Tokenizes the pieces of a split into a file, a batch at a time, and counts its bytes."""
+
+    def __init__(self, out: SealedWriter, tokenizer: Tokenizer, gzip: GzipMeter | None = None) -> None:
+        self._out = out
+        self._tokenizer = tokenizer
+        self._gzip = gzip
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._batch: list[Piece] = []
+        self._size = 0
+        self.counts = np.zeros(NUM_BYTES, dtype=np.int64)
+
+    def add(self, piece: Piece) -> None:
+        """Take the next piece."""
+        self._batch.append(piece)
+        self._size += len(piece.text) + 64  # a million records of one character would fill memory too
+        if self._size >= BATCH_CHARACTERS:
+            self._flush()
+
+    def finish(self) -> FileSeal:
+        """Write what is left."""
+        self._flush()
+        return self._out.seal()
+
+    def _flush(self) -> None:
+        separator = np.array([self._tokenizer.separator_id], dtype=self._dtype)
+        texts = [piece.text for piece in self._batch]
+        for piece, ids in zip(self._batch, self._tokenizer.encode_batch(texts)):
             if piece.first:
-                rows.append(separator)
-            rows.append(ids.astype(dtype))
-        out.write(np.concatenate(rows).tobytes())
-        counts += count_bytes("".join(texts).encode("utf-8"))
-    return counts
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Group pieces up to ``BATCH_CHARACTERS``."""
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text) + 64  # a million records of one character would fill memory too
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+                self._out.write(separator.tobytes())
+            self._out.write(ids.astype(self._dtype).tobytes())
+        raw = "".join(texts).encode("utf-8")
+        self.counts += count_bytes(raw)
+        if self._gzip is not None:
+            self._gzip.add(raw)
+        self._batch, self._size = [], 0

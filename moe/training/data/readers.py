@@ -118,8 +118,8 @@ def _read_json_lines(source: Source, field: str, on_bad: Callable[[str], None]) 
                 if not line.strip():
                     continue
                 try:
-                    # decoded here, because json.loads would take UTF-16 and UTF-32 too
-                    yield _text_of(json.loads(line.decode("utf-8")), field)
+                    # decoded here: json.loads would take UTF-16 and UTF-32 too, and no byte order mark
+                    yield _text_of(json.loads(line.decode("utf-8-sig")), field)
                 except (ValueError, RecursionError) as error:
                     on_bad(f"{source.name}, line {number}: {error}")
     except (OSError, EOFError, zlib.error) as error:

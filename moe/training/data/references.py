@@ -2,7 +2,6 @@
 
 import math
 import zlib
-from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Int
@@ -31,18 +30,19 @@ def unigram_bits_per_byte(train: Int[np.ndarray, " 256"], val: Int[np.ndarray, "
     return float(val @ bits / val.sum())
 
 
-def gzip_bits_per_byte(text: Iterable[bytes]) -> float:
-    """Bits per byte that ``gzip -9`` needs, header and checksum included.
+class GzipMeter:
+    """Measures what ``gzip -9`` makes of a text, header and checksum included, without keeping any of it."""
 
-    Args:
-        text: pieces of a text that is not empty; one is in memory at a time.
+    def __init__(self) -> None:
+        self._compressor = zlib.compressobj(level=9, wbits=16 + zlib.MAX_WBITS)  # 16 asks for gzip's wrapper
+        self._size = 0
+        self._packed = 0
 
-    Returns:
-        Bits per byte.
-    """
-    compressor = zlib.compressobj(level=9, wbits=16 + zlib.MAX_WBITS)  # 16 asks for gzip's wrapper
-    size = packed = 0
-    for piece in text:
-        size += len(piece)
-        packed += len(compressor.compress(piece))
-    return 8 * (packed + len(compressor.flush())) / size
+    def add(self, text: bytes) -> None:
+        """Take the next piece of the text."""
+        self._size += len(text)
+        self._packed += len(self._compressor.compress(text))
+
+    def bits_per_byte(self) -> float:
+        """The compressed size, in bits per byte of the text, which is not empty and ends here."""
+        return 8 * (self._packed + len(self._compressor.flush())) / self._size

@@ -7,7 +7,7 @@ file moves no other. A corpus of one file is split by record; one file of text i
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,21 +67,22 @@ class HashSplit:
     largest: tuple[int, int] | None = None
 
     def add(self, key: bytes) -> None:
-        """Tell of an item, in the order in which ``is_val`` will be asked."""
+        """Tell of an item, in the order in which ``choose`` will be asked."""
         item = (_stable_hash(key), self.count)
         self.count += 1
         self.num_val += self._under(item)
         self.smallest = item if self.smallest is None else min(item, self.smallest)
         self.largest = item if self.largest is None else max(item, self.largest)
 
-    def is_val(self, key: bytes, index: int) -> bool:
-        """Whether the item, ``index`` in the order, is for validation."""
+    def choose(self, key: bytes, index: int) -> SplitName:
+        """The split of an item, ``index`` in the order."""
         item = (_stable_hash(key), index)
+        in_val = self._under(item)
         if self.num_val == 0:
-            return item == self.smallest
-        if self.num_val == self.count:
-            return item != self.largest
-        return self._under(item)
+            in_val = item == self.smallest
+        elif self.num_val == self.count:
+            in_val = item != self.largest
+        return "val" if in_val else "train"
 
     def _under(self, item: tuple[int, int]) -> bool:
         return item[0] < self.val_fraction * 2**64
@@ -89,12 +90,12 @@ class HashSplit:
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a file, and which of its documents count."""
+    """A stretch of a file, and the split it belongs to, or what tells the split of each of its records."""
 
     source: Source
+    split: SplitName | HashSplit
     start: int = 0
     stop: int | None = None
-    keep: Callable[[bytes, int], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,23 +103,27 @@ class SplitCorpus:
     """A corpus in two splits, both of which have text."""
 
     corpus: Corpus
-    train: tuple[Part, ...]
-    val: tuple[Part, ...]
+    parts: tuple[Part, ...]
     skipped: Skipped
     """Files that cannot be read or are not UTF-8, and records without text."""
 
-    def pieces(self, split: SplitName) -> Iterator[Piece]:
-        """Read a split's text in order, in pieces of bounded size (or one record).
+    def pieces(self, *splits: SplitName) -> Iterator[tuple[SplitName, Piece]]:
+        """Read the text of one split or of both, in order, in pieces of bounded size (or one record).
 
         Raises:
             DataError: a file has changed since the corpus was split and can no longer be read.
         """
-        for part in self.train if split == "train" else self.val:
+        for part in self.parts:
+            if not isinstance(part.split, HashSplit) and part.split not in splits:
+                continue
             pieces = read_pieces(part.source, self.corpus.text_field, _ignore, start=part.start, stop=part.stop)
             try:
                 for index, piece in enumerate(pieces):
-                    if part.keep is None or part.keep(piece.text.encode(), index):
-                        yield piece
+                    split = part.split
+                    if isinstance(split, HashSplit):
+                        split = split.choose(piece.text.encode(), index)
+                    if split in splits:
+                        yield split, piece
             except UnreadableFileError as error:
                 raise DataError(f"{part.source.path} changed while it was read: {error}") from error
 
@@ -151,12 +156,12 @@ def split_corpus(corpus: Corpus, val_fraction: float = 0.05) -> SplitCorpus:
             f"path={corpus.path!r} has no text: {len(corpus.sources)} file(s), text_field={corpus.text_field!r}{named}"
         )
     if len(scans) > 1:
-        train, val = _split_files([scan.source for scan in scans], val_fraction)
+        parts = _split_files([scan.source for scan in scans], val_fraction)
     elif scans[0].source.holds_records:
-        train, val = _split_records(scans[0])
+        parts = _split_records(scans[0])
     else:
-        train, val = _cut_text(scans[0].source, val_fraction)
-    return SplitCorpus(corpus, train, val, skipped)
+        parts = _cut_text(scans[0].source, val_fraction)
+    return SplitCorpus(corpus, parts, skipped)
 
 
 @dataclass(frozen=True)
@@ -182,37 +187,36 @@ def _scan(source: Source, corpus: Corpus, val_fraction: float, skips: SkipLog) -
     return None if empty else _Scan(source, records)
 
 
-def _split_files(sources: list[Source], val_fraction: float) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+def _split_files(sources: list[Source], val_fraction: float) -> tuple[Part, ...]:
     keys = [os.fsencode(source.name) for source in sources]
     chooser = HashSplit(val_fraction)
     for key in keys:
         chooser.add(key)
-    in_val = [chooser.is_val(key, index) for index, key in enumerate(keys)]
-    train = tuple(Part(source) for source, val in zip(sources, in_val) if not val)
-    return train, tuple(Part(source) for source, val in zip(sources, in_val) if val)
+    return tuple(Part(source, chooser.choose(key, i)) for i, (source, key) in enumerate(zip(sources, keys)))
 
 
-def _split_records(scan: _Scan) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+def _split_records(scan: _Scan) -> tuple[Part, ...]:
     if scan.records.count < 2:
         raise DataError(f"{scan.source.path} has one document; train and validation need one each")
-    is_val = scan.records.is_val
-    train = Part(scan.source, keep=lambda key, index: not is_val(key, index))
-    return (train,), (Part(scan.source, keep=is_val),)
+    return (Part(scan.source, scan.records),)
 
 
-def _cut_text(source: Source, val_fraction: float) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+def _cut_text(source: Source, val_fraction: float) -> tuple[Part, ...]:
     """Cut a file of text after a line, or else a character, so that the tail is about ``val_fraction`` of its bytes."""
     target = max(1, int(source.size * (1 - val_fraction)))
+    lowest = max(1, target - 3)  # a character has 4 bytes at most
     with source.path.open("rb") as file:
+        file.seek(lowest)
+        near = file.read(7)
         file.seek(target)
-        ahead = file.read(CHUNK_BYTES)
-    cut = target + ahead.find(b"\n") + 1
-    if not target < cut < source.size:
-        # bytes that continue a character begin with the bits 10
-        cut = target + next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), len(ahead))
-    if cut >= source.size:
-        raise DataError(f"{source.path} has {source.size} byte(s), too few to cut into train and validation")
-    return (Part(source, stop=cut),), (Part(source, start=cut),)
+        newline = file.read(CHUNK_BYTES).find(b"\n")
+    cut = target + newline + 1
+    if newline < 0 or cut == source.size:
+        starts = [at for at, byte in enumerate(near, start=lowest) if byte & 0xC0 != 0x80]  # 10xxxxxx goes on
+        if not starts:
+            raise DataError(f"{source.path} has {source.size} byte(s), too few to cut into train and validation")
+        cut = min(starts, key=lambda at: abs(at - target))
+    return Part(source, "train", stop=cut), Part(source, "val", start=cut)
 
 
 def _stable_hash(key: bytes) -> int:

@@ -111,5 +111,5 @@ def map_tokens(path: Path, vocab_size: int) -> Integer[np.memmap, " L"]:
     return np.memmap(path, dtype=token_dtype(vocab_size), mode="r")
 
 
-def _hasher() -> "hashlib._Hash":
+def _hasher() -> hashlib.blake2b:
     return hashlib.blake2b(digest_size=16)

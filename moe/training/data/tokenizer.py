@@ -5,18 +5,25 @@ run of tokens are a sum over ``token_bytes``, and bits per byte are comparable b
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Integer
 from numpy.typing import ArrayLike
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 
 from moe.errors import ConfigError, DataError
+
+try:
+    import tokenizers
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+except ModuleNotFoundError as error:
+    raise ImportError("moe.training.data needs the package tokenizers: pip install 'moe-torch[train]'") from error
+
+TOKENIZERS_VERSION = tokenizers.__version__
+"""Another version may train another BPE."""
 
 NUM_BYTES = 256
 
@@ -24,6 +31,7 @@ TRAINING_SLICE = 1 << 14
 """Characters handed to the BPE trainer at once; it keeps 256 of these before it looks at them."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What turns text into ids and back."""
 
@@ -86,7 +94,7 @@ class BpeTokenizer:
         raw: a tokenizer that `train` made.
     """
 
-    def __init__(self, raw: RawTokenizer) -> None:
+    def __init__(self, raw: tokenizers.Tokenizer) -> None:
         self._raw = raw
         self.separator_id: int = raw.get_vocab_size()
         self.vocab_size: int = self.separator_id + 1
@@ -107,7 +115,7 @@ class BpeTokenizer:
         """
         if vocab_size <= NUM_BYTES:
             raise ConfigError(f"vocab_size={vocab_size} is less than {NUM_BYTES} bytes and a separator")
-        raw = RawTokenizer(BPE())
+        raw = tokenizers.Tokenizer(BPE())
         raw.pre_tokenizer = ByteLevel(add_prefix_space=False)
         raw.decoder = ByteLevelDecoder()
         trainer = BpeTrainer(
@@ -120,7 +128,7 @@ class BpeTokenizer:
     @classmethod
     def from_json(cls, text: str) -> "BpeTokenizer":
         """Read what `to_json` wrote."""
-        return cls(RawTokenizer.from_str(text))
+        return cls(tokenizers.Tokenizer.from_str(text))
 
     def to_json(self) -> str:
         """The merges and the vocabulary, in the format of the ``tokenizers`` package."""
@@ -141,7 +149,7 @@ class BpeTokenizer:
 
 def _checked(ids: ArrayLike, tokenizer: Tokenizer) -> np.ndarray:
     """The ids in one row without separators; DataError if the tokenizer has no such id."""
-    row = np.asarray(ids, dtype=np.int64).reshape(-1)
+    row = np.asarray(ids).astype(np.int64).reshape(-1)
     outside = (row < 0) | (row >= tokenizer.vocab_size)
     if outside.any():
         raise DataError(f"token id {row[outside][0]} is outside the vocabulary of {tokenizer.vocab_size}")

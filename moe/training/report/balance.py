@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.ticker import PercentFormatter
 
 from moe.training.metrics import MAX_VIO
 from moe.training.report.figures import Chart, Drawing, Line, draw
@@ -18,20 +19,24 @@ VALIDATION_MAX_VIO = "val/max_vio/"
 
 _CHARTS = {
     MAX_VIO: Chart(
-        "max-vio", "MaxVio", "Load of the busiest expert over the mean, minus 1. Circles: validation.", "MaxVio", bottom=0,
+        "max-vio", "MaxVio", "Load of the busiest expert over the mean, minus 1. Circles: validation.", "MaxVio",
+        bottom=0, span=0.05, logarithmic=True,
     ),
     "balance/cv/": Chart(
-        "cv", "Coefficient of variation", "Standard deviation of the loads over their mean.", "deviation / mean", bottom=0,
+        "cv", "Coefficient of variation", "Standard deviation of the loads over their mean.", "deviation / mean",
+        bottom=0, span=0.05,
     ),
     "balance/entropy/": Chart(
         "entropy", "Entropy of the load", "Over log E: 1 is an even load, 0 a single busy expert.", "entropy / log E",
         top=1, span=0.02,
     ),
     "balance/dead_experts/": Chart(
-        "dead-experts", "Dead experts", "Experts that got no token at all.", "experts", bottom=0, span=1, format="n",
+        "dead-experts", "Dead experts", "Experts that got no token at all.", "experts",
+        bottom=0, span=1, whole=True,
     ),
     "balance/drop_rate/": Chart(
-        "drop-rate", "Drop rate", "Assignments beyond the experts' capacity.", "dropped", bottom=0, span=0.01, format="%",
+        "drop-rate", "Drop rate", "Assignments beyond the experts' capacity.", "dropped",
+        bottom=0, span=0.01, ticks=PercentFormatter(1),
     ),
     "balance/confidence/": Chart(
         "confidence", "Router confidence", "Mean score of each token's first expert.", "mean top score", span=0.02,
@@ -100,7 +105,8 @@ def draw_balance(history: History, summary: RunSummary) -> list[Drawing]:
                 Line(history.curve(VALIDATION_MAX_VIO + layer), index, dots=True)
                 for index, layer in enumerate(history.layers)
             ]
-        drawings.append(draw(chart, lines, band=_floor_curve(history, summary) if prefix == MAX_VIO else None))
+            lines.append(Line(_floor_curve(history, summary), None, "sampling floor"))
+        drawings.append(draw(chart, lines))
     return [drawing for drawing in drawings if drawing is not None]
 
 
@@ -145,7 +151,8 @@ def worst_row(rows: Sequence[BalanceRow]) -> BalanceRow | None:
     Args:
         rows: each layer's measures.
     """
-    return max((row for row in rows if not math.isnan(row.max_vio_value)), key=lambda row: row.max_vio_value, default=None)
+    measured = [row for row in rows if not math.isnan(row.max_vio_value)]
+    return max(measured, key=lambda row: row.max_vio_value, default=None)
 
 
 def _row(history: History, swatch: Swatch, pooled: float | None, checked: float | None) -> BalanceRow:
@@ -179,12 +186,15 @@ def _pooled_assignments(history: History, summary: RunSummary) -> float | None:
     return tokens * steps * summary.top_k if tokens else None
 
 
-def _floor_curve(history: History, summary: RunSummary) -> Curve | None:
-    """The sampling floor of MaxVio over time: it falls while the first steps are pooled."""
+def _floor_curve(history: History, summary: RunSummary) -> Curve:
+    """The sampling floor of MaxVio over time: it falls while the first steps are pooled.
+
+    Layers of several sizes have several floors: the curve is then empty, and the table has them.
+    """
     sizes = {history.num_experts(layer) for layer in history.layers}
     tokens = history.tokens_per_step()
     if len(sizes) != 1 or not tokens or not summary.top_k:
-        return None  # layers of several sizes have several floors, which the table has
+        return Curve(np.empty(0), np.empty(0))
     experts = sizes.pop()
     steps = history.loads(history.layers[0]).steps
     pooled = np.clip(steps, 1, summary.pooled_steps) * tokens * summary.top_k / experts

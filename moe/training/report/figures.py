@@ -1,19 +1,21 @@
 """The figures of the page: curves over the steps of a run."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from moe.training.report.history import Curve
 from moe.training.report.theme import INK, MUTED, SERIES, drawing_style, series_dash, to_svg
 
-_POINTS = 600
+_POINTS = 4800  # of all the curves of a figure together, and at most 600 of one: more than a screen can show
 _SIZE = (5.6, 2.7)  # inches; the page scales it to half its width
+# Fixed, so that the axes of all figures stand in line; the left one has room for ticks such as 0.00125.
+_MARGINS = {"left": 0.16, "right": 0.98, "bottom": 0.17, "top": 0.965}
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Line:
     curve: Curve
     """Its points."""
 
-    index: int = 0
-    """Which of the page's colours and dashes it has."""
+    index: int | None = 0
+    """Which of the page's colours and dashes it has; None for a yardstick in grey."""
 
     label: str | None = None
     """Its name in the figure's legend, None for none."""
@@ -75,8 +77,11 @@ class Chart:
     span: float = 0.0
     """The least height of the vertical axis, so that rounding is not drawn as a landscape."""
 
-    format: Callable[[float, int], str] | str = "g"
-    """How ticks are written: "g", "k" (thousands), "%", "n" (whole numbers), or a function."""
+    ticks: Formatter = field(default_factory=lambda: FuncFormatter(lambda tick, _: f"{tick:g}"))
+    """How the ticks of the vertical axis are written. A formatter serves one axis: do not share it."""
+
+    whole: bool = False
+    """Put ticks at whole numbers only."""
 
     logarithmic: bool = False
     """Use a logarithmic axis if the values spread over more than a factor of 20."""
@@ -93,70 +98,90 @@ def draw(chart: Chart, lines: Sequence[Line], references: Sequence[tuple[str, fl
     Returns:
         The figure, or None if there is nothing to draw.
     """
-    lines = [replace(line, curve=line.curve.thinned(_POINTS)) for line in lines if line.curve]
+    lines = [line for line in lines if line.curve]
     if not lines:
         return None
+    points = max(60, min(600, _POINTS // len(lines)))
+    lines = [replace(line, curve=line.curve.thinned(points)) for line in lines]
     with drawing_style():
         figure = Figure(figsize=_SIZE)
+        figure.subplots_adjust(**_MARGINS)
         axes = figure.add_subplot()
         for line in lines:
             _draw_line(axes, line)
         for name, level in references:
             axes.axhline(level, color=MUTED, linestyle=(0, (5, 3)), linewidth=1)
-            axes.annotate(
-                f"{name} {level:.2f}", (1, level), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-                xytext=(0, 3), ha="right", color=MUTED,
-            )  # fmt: skip
-        _set_axes(axes, chart, lines)
+            _draw_name(axes, f"{name} {level:.2f}", level, lines[0].curve)
+        _set_axes(axes, chart, lines, [level for _, level in references])
         if any(line.label for line in lines):
             axes.legend(loc="best", labelcolor=INK)
         return Drawing(chart.key, chart.title, chart.note, to_svg(figure, chart.key, f"{chart.title}: {chart.note}"))
 
 
-def _draw_line(axes: Axes, line: Line) -> None:
-    few = len(line.curve.steps) <= 40  # a line of one point is invisible without its dot
-    axes.plot(
-        line.curve.steps,
-        line.curve.values,
-        color=SERIES[line.index % len(SERIES)],
-        linestyle="none" if line.dots else series_dash(line.index),
-        marker="o" if few or line.dots else "none",
-        markersize=4.5 if line.dots else 2.5,
-        markerfacecolor="none" if line.dots else None,
-        label=line.label,
+def _draw_name(axes: Axes, text: str, level: float, curve: Curve) -> None:
+    """Name a level line, at the side where the curve is farther from it."""
+    ends = curve.values[np.isfinite(curve.values)]
+    left = abs(ends[0] - level) > abs(ends[-1] - level)
+    axes.annotate(
+        text,
+        (0 if left else 1, level),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(4 if left else -4, 4),
+        textcoords="offset points",
+        ha="left" if left else "right",
+        color=MUTED,
     )
 
 
-def _set_axes(axes: Axes, chart: Chart, lines: Sequence[Line]) -> None:
+def _draw_line(axes: Axes, line: Line) -> None:
+    points = len(line.curve.steps)
+    marker_size = 4.5 if line.dots or points < 4 else 2.5 if points <= 40 else 0  # one point shows by its dot alone
+    dash = "dashed" if line.index is None else series_dash(line.index)
+    axes.plot(
+        line.curve.steps,
+        line.curve.values,
+        color=MUTED if line.index is None else SERIES[line.index % len(SERIES)],
+        linestyle="none" if line.dots else dash,
+        marker="o" if marker_size else "none",
+        markersize=marker_size,
+        markerfacecolor="none" if line.dots else None,
+        label=line.label,
+        zorder=2.1 if line.index is None else 3,
+        clip_on=False,  # a curve along the lower edge would lose half its width
+    )
+
+
+def _set_axes(axes: Axes, chart: Chart, lines: Sequence[Line], levels: Sequence[float]) -> None:
     last = max(1.0, *(float(line.curve.steps[-1]) for line in lines))
     axes.set_xlim(-0.015 * last, 1.015 * last)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel(chart.unit)
-    values = np.concatenate([line.curve.values for line in lines])
+    axes.yaxis.set_label_coords(-0.16, 0.5)
+    values = np.concatenate([*(line.curve.values for line in lines), np.array(levels)])
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if chart.logarithmic and low > 0 and high > 20 * low:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
-        _set_limits(axes, chart)
-        axes.yaxis.set_major_locator(MaxNLocator(6, integer=chart.format == "n"))
-    formatters = {"g": FuncFormatter(lambda tick, _: f"{tick:g}"), "k": EngFormatter(sep=""), "%": PercentFormatter(1)}
-    formatters["n"] = formatters["g"]
-    axes.yaxis.set_major_formatter(
-        formatters[chart.format] if isinstance(chart.format, str) else FuncFormatter(chart.format)
+        axes.set_ylim(*_limits(chart, low, high))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=chart.whole))
+    axes.yaxis.set_major_formatter(chart.ticks)
+
+
+def _limits(chart: Chart, low: float, high: float) -> tuple[float, float]:
+    """The ends of the vertical axis for values from ``low`` to ``high``."""
+    low = low if chart.bottom is None else min(low, chart.bottom)
+    high = high if chart.top is None else max(high, chart.top)
+    # A curve as good as level is drawn as that, not blown up until its rounding shows.
+    missing = (max(chart.span, 0.02 * abs(high)) or 1.0) - (high - low)
+    if missing > 0:
+        low -= 0 if chart.bottom is not None else missing if chart.top is not None else missing / 2
+        high += 0 if chart.top is not None else missing if chart.bottom is not None else missing / 2
+    margin = 0.08 * (high - low)
+    return (
+        low if chart.bottom is not None else low - margin,
+        high if chart.top is not None else high + margin,
     )
-
-
-def _set_limits(axes: Axes, chart: Chart) -> None:
-    bottom, top = axes.get_ylim()
-    if top - bottom < chart.span:
-        middle = (top + bottom) / 2
-        bottom, top = middle - chart.span / 2, middle + chart.span / 2
-    if chart.top is not None:
-        bottom, top = min(bottom, chart.top - chart.span), chart.top
-    if chart.bottom is not None:
-        bottom, top = chart.bottom, max(top, chart.bottom + chart.span)
-    axes.set_ylim(bottom, top)

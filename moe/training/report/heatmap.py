@@ -4,13 +4,13 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator
 
 from moe.training.report.figures import Drawing
 from moe.training.report.history import Loads
 from moe.training.report.theme import drawing_style, to_svg
 
-_PIXELS = 1_000_000  # of all the maps of a page together, which keeps it below two megabytes
+_PIXELS = 700_000  # of all the maps of a page together, which keeps it below two megabytes
 
 _FEW, _MANY = (0.10, 0.37, 0.86), (0.86, 0.25, 0.02)  # blue, orange
 
@@ -43,9 +43,12 @@ def draw_load(key: str, layer: str, loads: Loads, half_range: float, experts_on_
     columns = min(240, max(40, _PIXELS // experts_on_page))
     picture, (first, last) = resample(loads, columns)
     with drawing_style():
-        figure = Figure(figsize=(5.6, min(3.6, 1.3 + 0.11 * experts)))
-        axes = figure.add_subplot()
+        height = min(3.6, max(2.2, 1.3 + 0.11 * experts))  # inches
+        figure = Figure(figsize=(5.6, height))
+        bottom, share = 0.46 / height, 1 - 0.56 / height  # room for the ticks and the label of the steps
+        axes = figure.add_axes((0.11, bottom, 0.73, share))
         axes.grid(False)
+        axes.spines[:].set_visible(True)
         image = axes.imshow(
             picture.T * experts,
             cmap=_colours(),
@@ -56,16 +59,21 @@ def draw_load(key: str, layer: str, loads: Loads, half_range: float, experts_on_
         )
         axes.set_xlabel("step")
         axes.set_ylabel("expert")
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        axes.yaxis.set_label_coords(-0.11, 0.5)
+        axes.xaxis.set_major_locator(
+            MaxNLocator(7, integer=True) if len(picture) > 1 else FixedLocator(loads.steps.tolist())
+        )
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-        bar = figure.colorbar(image, ax=axes, extend="max" if half_range == 1 else "both", pad=0.015, aspect=14)
+        bar_axes = figure.add_axes((0.86, bottom, 0.03, share))
+        bar = figure.colorbar(image, cax=bar_axes, extend="max" if half_range == 1 else "both")
         bar.ax.grid(False)
-        bar.solids.set_rasterized(True)  # as shapes, its cells would show seams
+        if bar.solids is not None:
+            bar.solids.set_rasterized(True)  # as shapes, its cells would show seams
         bar.set_ticks([1 - half_range, 1 - half_range / 2, 1, 1 + half_range / 2, 1 + half_range])
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: _share_name(tick)))
         bar.set_label("share of the load")
-        note = f"{experts} experts; 1/E = {1 / experts:.3g} is an even share."
+        note = f"{experts} expert{'s' if experts > 1 else ''}; 1/E = {1 / experts:.3g} is an even share."
         return Drawing(key, layer, note, to_svg(figure, key, f"Load of each expert over time, layer {layer}: {note}"))
 
 

@@ -120,7 +120,7 @@ class History:
         Args:
             layer: one of ``layers``.
         """
-        return self.loads(layer).shares.shape[1]
+        return next(len(load) for line in reversed(self._records) if isinstance(load := line.get(LOAD + layer), list))
 
     def tokens_per_step(self) -> float | None:
         """Tokens that one optimizer step sees, None if no step was logged."""

@@ -2,7 +2,7 @@
 
 import math
 
-MISSING = "–"
+MISSING = "\u2013"
 """Stands where nothing was measured."""
 
 
@@ -62,8 +62,9 @@ def duration(seconds: float | None) -> str:
 def sampling_floor(num_experts: int, tokens_per_expert: float) -> float:
     """MaxVio that chance alone leaves when every token picks among the experts evenly and independently.
 
-    The counts of E experts then spread by ``1 / sqrt(n)`` around their mean n, and the largest of E such draws lies
-    about ``sqrt(2 ln E)`` spreads above it. A router cannot be told from an even one below this value.
+    The loads of E experts then spread by ``1 / sqrt(n)`` around their mean, and the largest of E such draws lies, on
+    average, a little less than ``sqrt(2 ln E)`` spreads above it. Below this value a router cannot be told from an
+    even one.
 
     Args:
         num_experts: E.

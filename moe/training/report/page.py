@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import dedent
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.ticker import EngFormatter
 
 from moe.errors import DataError
 from moe.training.metrics import read_metrics
@@ -36,7 +37,7 @@ class Section:
     """A part of the settings."""
 
     title: str
-    """The group's name, empty for settings outside of any."""
+    """The group's name, "general" for settings outside of any."""
 
     body: str
     """YAML."""
@@ -92,7 +93,7 @@ def _render(name: str, history: History, summary: RunSummary, config: str) -> st
 
 
 def _status(history: History) -> str:
-    return history.status or "no last line: running, or killed"
+    return history.status or "running, or killed"
 
 
 def _cards(history: History, summary: RunSummary, rows: Sequence[BalanceRow]) -> list[Card]:
@@ -109,12 +110,17 @@ def _cards(history: History, summary: RunSummary, rows: Sequence[BalanceRow]) ->
             ),
         )
     ]
-    if (worst := worst_row(rows)) is not None:
+    worst = worst_row(rows)
+    if worst is None:
+        cards.append(Card("Worst MaxVio", MISSING, ("no layer with experts",)))
+    else:
         cards.append(Card("Worst MaxVio", worst.max_vio, (worst.layer.name, f"sampling floor {worst.floor}")))
+    active = f"{short_count(summary.active_parameters)} met by one token"
     cards += [
-        Card("Tokens per second", short_count(speed), (f"{short_count(tokens)} tokens in all", "evaluation included")),
-        Card("Parameters", short_count(summary.total_parameters), (f"{short_count(summary.active_parameters)} active",)),
+        Card("Tokens per second", short_count(speed), ("over the whole run", "evaluation included")),
+        Card("Parameters", short_count(summary.total_parameters), (active,)),
         Card("Wall time", duration(seconds), (f"{history.last_step:,} steps",)),
+        Card("Tokens seen", short_count(tokens), (f"{short_count(history.tokens_per_step())} a step",)),
         Card("Skipped steps", MISSING if skipped is None else f"{skipped:,.0f}", ("loss or gradient not finite",)),
         Card("Data files skipped", f"{len(summary.skipped_files):,}", ("not readable as text",)),
     ]
@@ -142,11 +148,13 @@ def _draw_training(history: History, summary: RunSummary) -> list[Drawing]:
             [Line(curve("train/grad_norm"))],
         ),
         draw(
-            Chart("balance-loss", "Balance loss", "Added to the loss, coefficients included.", "nats", span=1e-6),
+            Chart("balance-loss", "Balance loss", "Added to the loss, coefficients included.", "nats"),
             [Line(curve("train/balance_loss"))] if history.layers else [],
         ),
         draw(
-            Chart("speed", "Tokens per second", "Between two log lines.", "tokens/s", bottom=0, format="k"),
+            Chart(
+                "speed", "Tokens per second", "Between two log lines.", "tokens/s", bottom=0, ticks=EngFormatter(sep="")
+            ),
             [Line(curve("train/tokens_per_second"))],
         ),
     ]
@@ -160,7 +168,7 @@ def split_settings(config: str) -> list[Section]:
         config: YAML. A group begins with a line that is not indented and ends with a colon.
 
     Returns:
-        The groups in order; settings outside of any come first, without a title.
+        The groups in order; settings outside of any come first.
     """
     loose: list[str] = []
     groups: list[tuple[str, list[str]]] = []
@@ -173,5 +181,5 @@ def split_settings(config: str) -> list[Section]:
                 groups.append((line.rstrip().removesuffix(":"), []))
                 continue
         (groups[-1][1] if inside else loose).append(line)
-    sections = [Section("", "\n".join(loose))] if any(line.strip() for line in loose) else []
+    sections = [Section("general", "\n".join(loose))] if any(line.strip() for line in loose) else []
     return sections + [Section(title, dedent("\n".join(lines))) for title, lines in groups]

@@ -1,0 +1,34 @@
+"""The optimizer of a run."""
+
+import torch
+from torch import nn
+
+from moe.config import require_positive
+
+
+def make_optimizer(
+    model: nn.Module, *, peak: float, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8
+) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, not on norms and biases.
+
+    Args:
+        model: its parameters are taken as they are.
+        peak: the highest learning rate; a `moe.training.schedule.Schedule` sets that of each step.
+        weight_decay: decoupled decay of matrices.
+        betas: decay of the moments.
+        eps: added to the root of the second moment.
+
+    Raises:
+        ConfigError: ``peak`` or ``eps`` is not positive.
+
+    Source: Loshchilov & Hutter 2017, arXiv:1711.05101.
+    """
+    require_positive(peak=peak, eps=eps)
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        # Biases of experts are stacked: two dimensions, and still vectors.
+        is_vector = parameter.dim() < 2 or name.endswith("_bias")
+        (vectors if is_vector else matrices).append(parameter)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=peak, betas=betas, eps=eps)

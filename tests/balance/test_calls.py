@@ -1,0 +1,295 @@
+"""Recomputation: one decision, one count and one loss a call, whatever activation checkpointing does."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import moe
+from moe import RouterZLoss, ScoreBias, SquaredDeviation
+from moe.errors import RecomputationError
+
+KINDS = {"plain": None, "nonreentrant": False, "reentrant": True}
+CHECKPOINTED = ("nonreentrant", "reentrant")
+
+
+class Model(nn.Module):
+    """A linear layer, a MoE layer and another linear layer, checkpointed as a whole."""
+
+    def __init__(self, kind="plain", **options):
+        super().__init__()
+        torch.manual_seed(0)
+        options = {"balance": (SquaredDeviation(0.1), RouterZLoss(0.01), ScoreBias(0.5))} | options
+        self.first, self.moe, self.last = nn.Linear(8, 8), moe.MoE(8, 16, 6, 2, **options), nn.Linear(8, 8)
+        self.kind, self.noise, self.runs = kind, 0.0, 0
+        self.double()
+
+    def body(self, x, mask=None):
+        self.runs += 1
+        h = self.first(x)
+        if self.runs % 2 == 0:
+            h = h + self.noise  # only the recomputation sees it
+        return self.last(self.moe(h, mask))
+
+    def forward(self, x, mask=None):
+        if self.kind == "plain":
+            return self.body(x, mask)
+        return checkpoint(self.body, x, mask, use_reentrant=KINDS[self.kind])
+
+
+def tokens(num_tokens=40, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_tokens, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def train_step(model, batches, masks=None):
+    """Accumulate over batches; returns the balance losses, the gradients and the load of the step."""
+    losses = []
+    for batch, mask in zip(batches, masks or [None] * len(batches)):
+        y = model(batch, mask)
+        extra = moe.balance_loss(model)
+        losses.append(extra.item())
+        ((y.square().mean() + extra) / len(batches)).backward()
+    return losses, gradients(model), moe.balance_step(model)["moe"]
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+@pytest.mark.parametrize("capacity_factor", [None, 0.8])
+@pytest.mark.parametrize("masked", [False, True])
+def test_checkpointing_changes_nothing(kind, capacity_factor, masked):
+    batches = [tokens(40, 1), tokens(25, 2), tokens(40, 3)]
+    masks = [torch.arange(len(b)) % 4 != 0 for b in batches] if masked else None
+    plain = Model(capacity_factor=capacity_factor)
+    other = Model(kind, capacity_factor=capacity_factor)
+    expected, found = train_step(plain, batches, masks), train_step(other, batches, masks)
+    assert found[0] == expected[0]
+    for name, grad in expected[1].items():
+        assert grad.abs().max() > 0, name
+        # Recomputation repeats the same operations on the same numbers.
+        assert torch.equal(found[1][name], grad), name
+    assert torch.equal(found[2].tokens_per_expert, expected[2].tokens_per_expert)
+    assert found[2].dropped == expected[2].dropped
+    assert torch.equal(other.moe.router.score_bias, plain.moe.router.score_bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_are_exact(kind):
+    """Counted by hand from the router, over accumulation and padding."""
+    model = Model(kind)
+    batches, masks = [tokens(40, 1), tokens(25, 2)], [torch.arange(40) < 30, torch.arange(25) < 20]
+    expected = torch.zeros(6, dtype=torch.int64)
+    with torch.no_grad():
+        for batch, mask in zip(batches, masks):
+            ids = model.moe.router(model.first(batch)).expert_ids
+            expected += torch.bincount(ids[mask].flatten(), minlength=6)
+    _, _, stats = train_step(model, batches, masks)
+    assert torch.equal(stats.tokens_per_expert, expected)
+    assert stats.tokens_per_expert.sum() == (30 + 20) * 2
+    assert stats.tokens == 30 + 20
+    assert model.runs == (2 if kind == "plain" else 4)
+    assert moe.balance_step(model) == {}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_a_recomputation_replays_the_decision_it_would_not_make_again(kind, in_flight):
+    """Noise in the recomputation flips decisions; the first ones stand, whichever call is recomputed first."""
+    model = Model(kind, capacity_factor=0.9)
+    batches = [tokens(40, seed) for seed in range(in_flight)]
+    outputs = []
+    for batch in batches:
+        model.runs = 0
+        outputs.append(model(batch))
+    decided = [(call.chosen.clone(), call.kept.clone()) for call in model.moe.calls.open_calls()]
+    extra = moe.balance_loss(model)
+    replayed = []
+    inner = model.moe.experts.forward
+    model.moe.experts.forward = lambda x, routing: (replayed.append(routing.expert_ids.clone()), inner(x, routing))[1]
+    model.runs, model.noise = 1, torch.randn(8, generator=torch.Generator().manual_seed(7)).double() * 0.15
+
+    def body(x, mask=None, original=model.body):
+        model.runs = 1  # so that each recomputation is noisy
+        return original(x, mask)
+
+    model.body = body
+    with torch.no_grad():
+        fresh = [model.moe.router(model.first(b) + model.noise).expert_ids for b in batches]
+    assert all((f != d[0]).any() for f, d in zip(fresh, decided)), "the noise must flip something"
+    (sum(y.square().mean() for y in outputs) + extra).backward()
+    assert len(replayed) == in_flight
+    for ids in replayed:
+        assert any(torch.equal(ids, kept) for _, kept in decided)
+    assert len({ids.numpy().tobytes() for ids in replayed}) == in_flight
+    total = sum(torch.bincount(chosen.flatten(), minlength=6) for chosen, _ in decided)
+    assert torch.equal(moe.balance_step(model)["moe"].tokens_per_expert, total)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_backward_in_any_order(kind, order):
+    """Pipeline schedules hold several calls in flight and run their backward passes in an order of their own."""
+    batches = [tokens(30, seed) for seed in range(3)]
+    reference = Model()
+    for batch in batches:
+        y = reference(batch)
+        (y.square().mean() + moe.balance_loss(reference)).backward()
+    model = Model(kind)
+    losses = []
+    for batch in batches:
+        losses.append((y := model(batch)).square().mean() + moe.balance_loss(model))
+    for index in order:
+        losses[index].backward()
+    for name, grad in gradients(reference).items():
+        # Only the order of the three additions differs.
+        torch.testing.assert_close(gradients(model)[name], grad, rtol=1e-12, atol=1e-14)
+
+
+def test_nested_checkpointing():
+    plain, model = Model(), Model()
+    inner = lambda x: checkpoint(model.body, x, use_reentrant=False)  # noqa: E731
+    batch = tokens()
+    y = checkpoint(lambda x: inner(x) * 2, batch, use_reentrant=False)
+    (y.square().mean() + moe.balance_loss(model)).backward()
+    ((plain(batch) * 2).square().mean() + moe.balance_loss(plain)).backward()
+    for name, grad in gradients(plain).items():
+        assert torch.equal(gradients(model)[name], grad), name
+    assert torch.equal(
+        moe.balance_step(model)["moe"].tokens_per_expert, moe.balance_step(plain)["moe"].tokens_per_expert
+    )
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_a_layer_used_twice_in_one_region(kind):
+    plain, model = Model(), Model()
+    batch = tokens()
+    twice = lambda m: lambda x: m.moe(m.moe(m.first(x)) + x)  # noqa: E731
+    (twice(plain)(batch).square().mean() + moe.balance_loss(plain)).backward()
+    y = checkpoint(twice(model), batch, use_reentrant=KINDS[kind])
+    (y.square().mean() + moe.balance_loss(model)).backward()
+    for name in ("first.weight", "moe.router.weight", "moe.experts.up_weight"):
+        assert torch.equal(gradients_of(model, name), gradients_of(plain, name)), name
+
+
+def gradients_of(model, name):
+    return dict(model.named_parameters())[name].grad
+
+
+def test_forward_calls_before_one_backward_are_averaged_by_their_tokens():
+    model = Model(balance=(SquaredDeviation(0.1),))
+    sizes = (10, 30)
+    values = []
+    for size in sizes:
+        model(tokens(size, size))
+        values.append(moe.balance_loss(model))
+    for size in sizes:
+        model(tokens(size, size))
+    together = moe.balance_loss(model)
+    torch.testing.assert_close(together, (values[0] * 10 + values[1] * 30) / 40)
+    assert moe.balance_loss(model).item() == 0
+
+
+def test_reentrant_says_so_if_the_balance_loss_comes_too_late():
+    model = Model("reentrant")
+    y = model(tokens())
+    extra = moe.balance_loss(model)
+    with pytest.raises(RecomputationError, match="call backward\\(\\) once"):
+        y.square().mean().backward()
+    del extra
+
+
+def test_reentrant_without_the_balance_loss_trains_without_it():
+    plain, model = Model(balance=()), Model("reentrant")
+    for m in (plain, model):
+        m(tokens()).square().mean().backward()
+    for name, grad in gradients(plain).items():
+        assert torch.equal(gradients(model)[name], grad), name
+
+
+def test_a_call_that_was_never_made_is_noticed():
+    model = Model("reentrant")
+    y = model(tokens())
+    model.moe.calls.end_step()  # as if the step had ended before its backward pass
+    with pytest.raises(RecomputationError, match="recomputes a call of 40 tokens that this layer has not made"):
+        y.sum().backward()
+
+
+def test_a_decision_that_agrees_with_no_call_is_noticed():
+    model = Model("nonreentrant")
+    outputs = [model(tokens(40, seed)) for seed in range(2)]
+    with torch.no_grad():
+        model.moe.router.weight.neg_()  # the best experts become the worst
+    with pytest.raises(RecomputationError, match="agree with none of them"):
+        outputs[0].sum().backward()
+
+
+def test_calls_do_not_outlive_their_graph():
+    model = Model()
+    for _ in range(3):
+        y = model(tokens())
+        moe.balance_loss(model)
+        assert len(list(model.moe.calls.open_calls())) == 1
+        del y
+    assert not model.moe.calls.any_open
+
+
+def test_evaluation_keeps_nothing_and_counts_apart():
+    model = Model().eval()
+    with torch.no_grad():
+        model(tokens())
+    assert not model.moe.calls.any_open
+    assert moe.balance_loss(model).item() == 0
+    assert moe.balance_step(model) == {}
+    assert moe.take_evaluation_load(model)["moe"].tokens == 40
+    assert moe.take_evaluation_load(model) == {}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_checkpointing_in_evaluation_mode_counts_once(kind):
+    model = Model(kind).eval()
+    model(tokens()).sum().backward()
+    assert moe.take_evaluation_load(model)["moe"].tokens == 40
+
+
+def test_losses_that_nobody_collects_are_reported():
+    model = Model()
+    model(tokens())
+    with pytest.warns(UserWarning, match="1 balance losses of layer 'moe' were never collected"):
+        moe.balance_step(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moe.balance_step(model)
+
+
+def test_hundreds_of_uncollected_losses_are_reported_and_let_go():
+    layer = moe.MoE(4, 4, 2, 1)
+    for _ in range(256):
+        layer(torch.zeros(1, 4))
+    with pytest.warns(UserWarning, match=r"256 forward passes in training mode without moe\.balance_loss"):
+        layer(torch.zeros(1, 4))
+
+
+def test_a_skipped_step_moves_no_bias():
+    model = Model()
+    train_step(model, [tokens()])
+    before = model.moe.router.score_bias.clone()
+    model(tokens())
+    moe.balance_loss(model)
+    assert moe.balance_step(model, skipped=True)["moe"].tokens == 40
+    assert torch.equal(model.moe.router.score_bias, before)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_layer_with_open_calls_can_be_copied(duplicate):
+    model = Model()
+    y = model(tokens())
+    other = duplicate(model)
+    assert not other.moe.calls.any_open
+    assert torch.equal(other(tokens()), y)

@@ -1,0 +1,97 @@
+"""Grouped products on the CPU against every row times every expert, masked; value and both gradients."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe.errors import DtypeError, ShapeError
+from moe.kernels.grouped_mm import grouped_mm
+from moe.kernels.plan import make_plan
+from moe.types import Plan
+from tests.support.kernels import check_against_oracle, dense_grouped_mm, poison_unowned, random_ids, routings
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def make_inputs(plan: Plan, num_in: int, num_out: int, dtype: torch.dtype) -> list[Tensor]:
+    rows = torch.randn(plan.assignments.shape[0], num_in).to(dtype)
+    return [poison_unowned(rows, plan), torch.randn(plan.expert_offsets.shape[0] - 1, num_out, num_in).to(dtype)]
+
+
+@given(routings(), st.integers(1, 9), st.integers(1, 9), st.sampled_from(DTYPES))
+def test_against_the_oracle(routing: tuple[Tensor, int], num_in: int, num_out: int, dtype: torch.dtype) -> None:
+    plan = make_plan(*routing)
+    check_against_oracle(
+        lambda rows, weight: grouped_mm(rows, weight, plan.expert_offsets),
+        lambda rows, weight: dense_grouped_mm(rows, weight, plan.expert_offsets),
+        make_inputs(plan, num_in, num_out, dtype),
+        "cpu",
+        poison_grad=lambda grad: poison_unowned(grad, plan),
+    )
+
+
+def test_gradient_in_float64() -> None:
+    plan = make_plan(random_ids(6, 2, 3), 3)
+    rows = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
+    check = lambda rows, weight: grouped_mm(rows, weight, plan.expert_offsets)  # noqa: E731
+    assert torch.autograd.gradcheck(check, (rows, weight))
+
+
+def test_an_expert_without_rows_and_rows_without_an_expert_get_zero() -> None:
+    rows = torch.full((4, 8), float("nan"))
+    rows[:3] = 1.0
+    rows.requires_grad_()
+    weight = torch.full((2, 5, 8), 2.0, requires_grad=True)
+    out = grouped_mm(rows, weight, torch.tensor([0, 3, 3], dtype=torch.int32))
+    assert out.tolist() == [[16.0] * 5] * 3 + [[0.0] * 5]
+    out.backward(torch.tensor([[1.0] * 5] * 3 + [[float("nan")] * 5]))
+    assert rows.grad is not None
+    assert weight.grad is not None
+    assert rows.grad.tolist() == [[10.0] * 8] * 3 + [[0.0] * 8]
+    assert weight.grad.tolist() == [[[3.0] * 8] * 5, [[0.0] * 8] * 5]
+
+
+def test_repeats_to_the_last_bit() -> None:
+    plan = make_plan(random_ids(100, 2, 6), 6)
+    rows = torch.randn(200, 32, requires_grad=True)
+    weight = torch.randn(6, 24, 32, requires_grad=True)
+
+    def run() -> tuple[Tensor, ...]:
+        out = grouped_mm(rows, weight, plan.expert_offsets)
+        return out, *torch.autograd.grad(out, (rows, weight), torch.ones_like(out))
+
+    assert all(torch.equal(first, second) for first, second in zip(run(), run()))
+
+
+def test_takes_any_strides() -> None:
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+    rows, weight = torch.randn(4, 5).t(), torch.randn(2, 4, 3).transpose(1, 2)
+    expected = grouped_mm(rows.contiguous(), weight.contiguous(), offsets)
+    assert torch.equal(grouped_mm(rows, weight, offsets), expected)
+
+
+def offsets_of(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "weight", "offsets", "error", "message"),
+    [
+        (torch.zeros(5), torch.zeros(2, 3, 4), offsets_of(0, 2, 5), ShapeError, r"rows has shape \(5,\)"),
+        (torch.zeros(5, 4), torch.zeros(3, 4), offsets_of(0, 2, 5), ShapeError, r"weight \(3, 4\)"),
+        (torch.zeros(5, 4), torch.zeros(2, 4, 3), offsets_of(0, 2, 5), ShapeError, r"must be \(N, I\) and \(E, O, I\)"),
+        (torch.zeros(5, 4), torch.zeros(2, 3, 4), offsets_of(0, 5), ShapeError, r"must be \(3,\)"),
+        (torch.zeros(5, 4), torch.zeros(2, 3, 4), offsets_of(0, 2, 6), ShapeError, r"\[0, 2, 6\] must start at 0"),
+        (torch.zeros(5, 4), torch.zeros(2, 3, 4), offsets_of(1, 2, 5), ShapeError, "must start at 0"),
+        (torch.zeros(5, 4), torch.zeros(2, 3, 4), offsets_of(0, 4, 3), ShapeError, "ascend to at most 5"),
+        (torch.zeros(5, 4).int(), torch.zeros(2, 3, 4), offsets_of(0, 2, 5), DtypeError, "rows has dtype torch.int32"),
+        (torch.zeros(5, 4), torch.zeros(2, 3, 4).half(), offsets_of(0, 2, 5), DtypeError, "must be torch.float32"),
+        (torch.zeros(5, 4), torch.zeros(2, 3, 4), offsets_of(0, 2, 5).long(), DtypeError, "expert_offsets has dtype"),
+    ],
+)
+def test_refuses(rows: Tensor, weight: Tensor, offsets: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        grouped_mm(rows, weight, offsets)

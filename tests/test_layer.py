@@ -1,0 +1,260 @@
+"""The layer as a user meets it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import moe
+from moe.errors import ConfigError, DtypeError, ShapeError
+from moe.routing import ROUTERS, SoftmaxRouter
+from tests.support.oracle import experts_oracle, feed_forward
+
+
+def make(dim=8, hidden_dim=16, num_experts=6, top_k=2, seed=0, **options):
+    torch.manual_seed(seed)
+    return moe.MoE(dim, hidden_dim, num_experts, top_k, **options)
+
+
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 1, 3, 8), (0, 8), (2, 0, 8)])
+def test_any_leading_dimensions(shape):
+    layer = make()
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y.reshape(-1, 8), layer(x.reshape(-1, 8)))
+    (y.sum() + moe.balance_loss(layer)).backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("capacity_factor", [None, 0.7])
+def test_output_and_gradients_match_the_oracle(router, capacity_factor):
+    """The routed sum in float64, with the router's decision taken as given."""
+    top_k = 1 if router == "switch" else 2
+    layer = make(router=router, top_k=top_k, capacity_factor=capacity_factor, balance=()).double()
+    x = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    (call,) = layer.calls.open_calls()
+    assert (call.kept < 0).any() == (capacity_factor is not None)
+    inputs = [x, *layer.parameters()]
+    upstream = torch.randn_like(y)
+    found = torch.autograd.grad(y, inputs, upstream, retain_graph=True)
+    replayed = layer.router(x, expert_ids=call.chosen).keep(call.kept >= 0)
+    expected = experts_oracle(layer.experts, x, replayed)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(found, torch.autograd.grad(expected, inputs, upstream)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+@given(st.integers(1, 40), st.integers(0, 1000), st.sampled_from(sorted(ROUTERS)))
+@settings(max_examples=25)
+def test_permuting_tokens_permutes_the_output(num_tokens, seed, router):
+    layer = make(router=router, top_k=1 if router == "switch" else 3, seed=seed).double()
+    x = torch.randn(num_tokens, 8, dtype=torch.float64)
+    order = torch.randperm(num_tokens)
+    torch.testing.assert_close(layer(x[order]), layer(x)[order], rtol=1e-12, atol=1e-14)
+
+
+def test_shared_experts_see_every_token():
+    layer = make(shared_hidden_dim=12, shared_gate=True, bias=True).double()
+    routed = make(bias=True).double()
+    routed.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("shared")})
+    x = torch.randn(20, 8, dtype=torch.float64)
+    s = layer.shared
+    shared = feed_forward(x, s.up.weight, s.down.weight, s.up.bias, s.down.bias, "swiglu")
+    shared = shared * torch.sigmoid(x @ s.gate.weight.T)
+    torch.testing.assert_close(layer(x), routed(x) + shared, rtol=1e-12, atol=1e-14)
+
+
+def test_masked_tokens_do_not_matter_whatever_they_hold():
+    layer = make()
+    x, mask = torch.randn(4, 5, 8), torch.rand(4, 5) < 0.6
+    hostile = x.masked_fill(~mask[..., None], float("nan")).requires_grad_()
+    y = layer(hostile, mask)
+    extra = moe.balance_loss(layer)
+    (y.square().sum() + extra).backward()
+    alone = make()
+    y_alone = alone(x[mask])
+    extra_alone = moe.balance_loss(alone)
+    (y_alone.square().sum() + extra_alone).backward()
+    torch.testing.assert_close(y[mask], y_alone)
+    assert (y[~mask] == 0).all()
+    torch.testing.assert_close(extra, extra_alone)
+    for mine, theirs in zip(layer.parameters(), alone.parameters()):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    assert (hostile.grad[~mask] == 0).all()
+    assert moe.balance_step(layer)[""].tokens == mask.sum()
+
+
+def test_all_tokens_to_one_expert():
+    layer = make(top_k=1)
+    with torch.no_grad():
+        layer.router.weight.zero_()  # all tie: the lowest id wins
+    x = torch.randn(50, 8, requires_grad=True)
+    y = layer(x)
+    (y.square().sum() + moe.balance_loss(layer)).backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+    stats = moe.balance_step(layer)[""]
+    assert stats.tokens_per_expert.tolist() == [50, 0, 0, 0, 0, 0]
+    assert stats.max_vio == 5
+    assert stats.dead_experts == 5
+
+
+def test_drops_are_reported():
+    layer = make(num_experts=2, top_k=1, capacity_factor=1.0)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+    y = layer(torch.randn(10, 8))
+    moe.balance_loss(layer)
+    stats = moe.balance_step(layer)[""]
+    assert stats.dropped == 5  # ten to the first, which has room for five
+    assert stats.drop_rate == 0.5
+    assert (y.abs().sum(-1) == 0).sum() == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_layers_stay_close_and_route_alike(dtype):
+    torch.manual_seed(0)
+    low = moe.MoE(64, 32, 8, 2).to(dtype)
+    exact = moe.MoE(64, 32, 8, 2).double()
+    exact.load_state_dict({k: v.double() for k, v in low.state_dict().items()})
+    x = torch.randn(200, 64).to(dtype)
+    y, y_exact = low(x), exact(x.double())
+    assert y.dtype == dtype
+    relative = (y.double() - y_exact).norm() / y_exact.norm()
+    # Three roundings of the result's parts to 8 (bf16) or 11 (fp16) bits: about 2^-8 and 2^-11 each.
+    assert relative < (1.2e-2 if dtype == torch.bfloat16 else 1.5e-3)
+
+
+def skewed_tokens(num_tokens):
+    """Tokens whose first feature is always 1, for a router that starts out liking it."""
+    x = torch.randn(num_tokens, 8)
+    x[:, 0] = 1.0
+    return x
+
+
+def skewed_layer(favour, **options):
+    layer = make(num_experts=8, **options)
+    with torch.no_grad():
+        layer.router.weight[:2, 0] = favour
+    return layer
+
+
+def test_training_balances_the_load():
+    layer = skewed_layer(2.0, balance={"squared_deviation": {"coefficient": 0.1}})
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    loads = []
+    for _ in range(100):
+        x = skewed_tokens(256)
+        ((layer(x) - x).square().mean() + moe.balance_loss(layer)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loads.append(moe.balance_step(layer)[""])
+    last = sum(loads[-10:], start=loads[-11])
+    assert loads[0].max_vio > 1.5
+    assert last.max_vio < 0.4
+
+
+def test_a_bias_balances_without_a_loss():
+    layer = skewed_layer(1.0, balance={"score_bias": {"rate": 0.01}}, router="sigmoid")
+    x, loads = skewed_tokens(512), []
+    for _ in range(150):
+        with torch.no_grad():
+            layer(x)
+        loads.append(moe.balance_step(layer)[""])
+    last = sum(loads[-10:], start=loads[-11])
+    assert loads[0].max_vio > 1.5
+    assert last.max_vio < 0.25
+
+
+def test_balance_loss_of_several_layers_is_their_sum():
+    model = nn.Sequential(make(seed=1), make(seed=2), nn.Linear(8, 8))
+    x = torch.randn(30, 8)
+    h = model[0](x)
+    first = moe.balance_loss(model)
+    model[1](h)
+    second = moe.balance_loss(model)
+    model(x)
+    torch.testing.assert_close(moe.balance_loss(model), first + second)
+    assert [name for name, _ in moe.moe_layers(model)] == ["0", "1"]
+    assert set(moe.balance_step(model)) == {"0", "1"}
+
+
+def test_a_model_without_experts_has_no_balance_loss():
+    model = nn.Linear(4, 4)
+    assert moe.balance_loss(model).item() == 0
+    assert moe.balance_step(model) == {}
+
+
+def test_a_router_of_ones_own():
+    router = SoftmaxRouter(8, 6, 3, normalize=False)
+    layer = moe.MoE(8, 16, 6, 3, router=router)
+    assert layer.router is router
+    with pytest.raises(
+        ConfigError, match=r"router has \(dim, num_experts, top_k\)=\(8, 6, 3\), but the layer has \(8, 6, 2\)"
+    ):
+        moe.MoE(8, 16, 6, 2, router=router)
+    with pytest.raises(ConfigError, match=r"router was made with score_bias=False"):
+        moe.MoE(8, 16, 6, 3, router=router, balance=[moe.ScoreBias()])
+
+
+def test_state_dict_holds_parameters_and_the_bias_only():
+    layer = make(balance=[moe.ScoreBias()], bias=True, shared_hidden_dim=4)
+    layer(torch.randn(3, 8))
+    assert set(layer.state_dict()) == {
+        *("router.weight", "router.score_bias", "experts.up_weight", "experts.down_weight"),
+        *("experts.up_bias", "experts.down_bias"),
+        *("shared.up.weight", "shared.up.bias", "shared.down.weight", "shared.down.bias"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 0}, "top_k=0 must be between 1 and num_experts=6"),
+        ({"top_k": 7}, "top_k=7 must be between 1 and num_experts=6"),
+        ({"dim": 0}, "dim=0 must be positive"),
+        ({"hidden_dim": -4}, "hidden_dim=-4 must be positive"),
+        ({"num_experts": 0}, "num_experts=0 must be positive"),
+        ({"router": "sofmax"}, "router='sofmax' is unknown.*did you mean 'softmax'"),
+        (
+            {"router": {"name": "softmax", "temperature": 2}},
+            "router='softmax' does not take these options.*temperature",
+        ),
+        ({"router": {"normalize": True}}, "router='None' is unknown"),
+        ({"activation": "elu"}, "activation='elu' is unknown"),
+        ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be positive"),
+        ({"drop_policy": "random"}, "drop_policy='random' is unknown; choose one of position, probability"),
+        ({"shared_hidden_dim": -1}, "shared_hidden_dim=-1"),
+        ({"shared_gate": True}, "shared_hidden_dim=0 must be positive where shared_gate"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+@pytest.mark.usefixtures("unchecked")
+def test_tokens_must_be_floating(dtype):
+    with pytest.raises(DtypeError, match=f"x is {dtype}; tokens must be floating"):
+        make()(torch.zeros(3, 8, dtype=dtype))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_shapes_are_named():
+    with pytest.raises(ShapeError, match=r"x has shape \(3, 7\); its last dimension must be dim=8"):
+        make()(torch.zeros(3, 7))
+    with pytest.raises(ShapeError, match=r"x has shape \(\)"):
+        make()(torch.tensor(1.0))
+    with pytest.raises(ShapeError, match=r"token_mask has shape \(4,\); it must be that of x .* \(3,\)"):
+        make()(torch.zeros(3, 8), torch.ones(4, dtype=torch.bool))
+    with pytest.raises(DtypeError, match=r"token_mask is torch.float32; it must be torch.bool"):
+        make()(torch.zeros(3, 8), torch.ones(3))
+
+
+def test_mixed_dtypes_are_named():
+    with pytest.raises(DtypeError, match=r"x is torch\.float32 but the experts' weights are torch\.bfloat16"):
+        make().bfloat16()(torch.zeros(3, 8))
