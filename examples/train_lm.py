@@ -8,6 +8,7 @@ Settings are composed by Hydra from the folder conf/ beside this file.
 """
 
 import sys
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +20,7 @@ from moe.training.launch import launch
 @hydra.main(version_base=None, config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
     """Train as the settings say, and print where the run lies."""
-    settings = OmegaConf.to_container(config, resolve=True)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
     try:
         run = launch(settings)
     except MoEError as error:

@@ -103,7 +103,7 @@ def read_checkpoint(path: Path, files: Sequence[str] = FILES) -> Checkpoint:
     try:
         sums = read_sums(path)
         text = read_bytes(path / RECORD)
-        if False:
+        if hashlib.sha256(text).hexdigest() != sums[RECORD]:
             raise CheckpointError(f"{RECORD} does not have the SHA-256 that was written")
         record = json.loads(text)
         if record["format"] != FORMAT:

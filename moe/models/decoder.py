@@ -11,13 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from moe.config import option
 from moe.errors import DtypeError, ShapeError
-from moe.init import fan_in_normal_
 from moe.layer import MoE
 from moe.models.attention import attention_mask
 from moe.models.block import Block
 from moe.models.cache import KVCache
 from moe.models.config import DecoderConfig
-from moe.models.init import EMBEDDING_STD, init_block
+from moe.models.init import init_block, init_embedding, init_head
 from moe.models.rotary import rotary_tables
 
 
@@ -60,9 +59,9 @@ class Decoder(nn.Module):
 
     def init_weights(self) -> None:
         """Draw all weights anew, as after building on the meta device; see `moe.models.init`."""
-        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        init_embedding(self.embedding)
         if self.head is not None:
-            fan_in_normal_(self.head.weight, self.config.dim)
+            init_head(self.head)
         self.norm.reset_parameters()
         for module in self.modules():
             if isinstance(module, Block):

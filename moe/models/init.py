@@ -1,46 +1,64 @@
-"""How a decoder's weights start."""
+"""How a decoder's weights start.
+
+* The embedding: normal of deviation sqrt(2 / (5 dim)).
+* Every matrix, dense or an expert's: `moe.init.fan_in_normal_` with scale 2/5, so a deviation of sqrt(2 / (5 fan_in)).
+* Those among them that write to the residual stream (attention's ``out``, the feed-forwards' ``down``): that divided by
+  sqrt(2 * num_layers), since as many branches add up in it.
+* Routers, a shared expert's gate and biases: as `moe.MoE` draws them.
+
+So experts do not keep the scale 1/10 that `moe.MoE` gives them by itself: with the decoder's own, a small model, dense or
+not, learns faster from the start, and a dense and an MoE decoder differ in nothing but their layers.
+
+Source: Nguyen & Salazar 2019, arXiv 1910.05895 (2/5, their SmallInit), as GPT-NeoX-20B used it for embedding and matrices
+(Black et al. 2022, arXiv 2204.06745, section 2.1.3); GPT-2 (Radford et al. 2019, section 2.3) for the division.
+"""
 
 import math
-from collections.abc import Iterator
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.init import fan_in_normal_
 from moe.layer import MoE
 from moe.models.block import Block
 
-EMBEDDING_STD = 0.02
-"""Of the token embedding, and so of a tied output projection. Source: GPT-2's released code."""
+SCALE = 2 / 5
+"""Variance times fan-in."""
+
+
+def init_embedding(embedding: nn.Embedding) -> None:
+    """Draw an embedding's weight anew; tied to the output, it gives logits of a deviation below 1."""
+    nn.init.normal_(embedding.weight, std=math.sqrt(SCALE / embedding.embedding_dim))
+
+
+def init_head(head: nn.Linear) -> None:
+    """Draw an output projection's weight anew."""
+    fan_in_normal_(head.weight, head.in_features, SCALE)
 
 
 def init_block(block: Block, num_layers: int) -> None:
-    """Draw a block's weights anew.
-
-    Every matrix, dense or an expert's, follows `moe.init.fan_in_normal_`. Those that write to the residual stream are
-    then divided by sqrt(2 * num_layers), since as many branches add up in it.
-
-    Source: GPT-2 (Radford et al. 2019, section 2.3) for the division.
-    """
-    for norm in (block.attention_norm, block.ffn_norm):
-        norm.reset_parameters()
-    for linear in (block.attention.qkv, block.attention.out):
-        fan_in_normal_(linear.weight, linear.in_features)
+    """Draw a block's weights anew."""
+    block.attention_norm.reset_parameters()
+    block.ffn_norm.reset_parameters()
     parts = (block.ffn.router, block.ffn.experts, block.ffn.shared) if isinstance(block.ffn, MoE) else (block.ffn,)
     for part in parts:
         if part is not None:
             part.reset_parameters()
-    with torch.no_grad():
-        for weight in residual_outputs(block):
-            weight.div_(math.sqrt(2 * num_layers))
+    readers, writers = _matrices(block)
+    for weight in readers:
+        fan_in_normal_(weight, weight.shape[-1], SCALE)
+    for weight in writers:
+        fan_in_normal_(weight, weight.shape[-1], SCALE / (2 * num_layers))
 
 
-def residual_outputs(block: Block) -> Iterator[Tensor]:
-    """The weights whose products are added to the residual stream."""
-    yield block.attention.out.weight
-    if not isinstance(block.ffn, MoE):
-        yield block.ffn.down.weight
-        return
-    yield block.ffn.experts.down_weight
-    if block.ffn.shared is not None:
-        yield block.ffn.shared.down.weight
+def _matrices(block: Block) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights ``(..., out, in)`` that read the residual stream, and those that write to it."""
+    readers, writers = [block.attention.qkv.weight], [block.attention.out.weight]
+    dense = block.ffn
+    if isinstance(block.ffn, MoE):
+        readers.append(block.ffn.experts.up_weight)
+        writers.append(block.ffn.experts.down_weight)
+        dense = block.ffn.shared
+    if dense is not None:
+        readers.append(dense.up.weight)
+        writers.append(dense.down.weight)
+    return readers, writers

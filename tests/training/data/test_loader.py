@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.errors import CheckpointError, ConfigError, DataError
@@ -32,8 +32,8 @@ def test_permutation_of_any_size_stays_inside_and_apart(size, seed, data):
 
 
 def test_permutation_sends_each_position_everywhere_about_equally():
-    size, draws = 10, 4000
-    images = np.stack([Permutation(size, seed, epoch)(np.arange(size)) for seed in range(4) for epoch in range(1000)])
+    size, draws = 10, 2000
+    images = np.stack([Permutation(size, seed, epoch)(np.arange(size)) for seed in range(4) for epoch in range(500)])
     for position in range(size):
         counts = np.bincount(images[:, position], minlength=size)
         chi2 = ((counts - draws / size) ** 2 / (draws / size)).sum()
@@ -49,8 +49,8 @@ def test_permutation_of_neighbours_is_no_longer_in_order():
 
 def test_permutation_is_what_it_was_in_every_other_process():
     # written down from a first run: a change here would move the position of every checkpoint
-    assert Permutation(10, seed=0)(np.arange(10)).tolist() == [0]
-    assert Permutation(10, seed=0, epoch=1)(np.arange(10)).tolist() == [0]
+    assert Permutation(10, seed=0)(np.arange(10)).tolist() == [0, 1, 5, 2, 3, 6, 7, 9, 4, 8]
+    assert Permutation(10, seed=0, epoch=1)(np.arange(10)).tolist() == [2, 4, 0, 5, 8, 1, 3, 9, 6, 7]
 
 
 def numbered(count: int) -> np.ndarray:
@@ -62,6 +62,7 @@ def take(loader: WindowLoader, count: int) -> list[torch.Tensor]:
     return [loader.next_batch()["inputs"] for _ in range(count)]
 
 
+@settings(max_examples=50)
 @given(length=st.integers(2, 200), seq_len=st.integers(1, 20), batch_size=st.integers(1, 7), seed=st.integers(0, 2**40))
 def test_an_epoch_is_every_window_once_and_no_target_twice(length, seq_len, batch_size, seed):
     if length <= seq_len:
@@ -108,6 +109,7 @@ def test_a_batch_may_be_larger_than_an_epoch():
     assert loader.epoch == 3
 
 
+@settings(max_examples=50)
 @given(
     before=st.integers(0, 30),
     length=st.integers(20, 100),
