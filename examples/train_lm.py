@@ -8,13 +8,19 @@ Settings are composed by Hydra from the folder conf/ beside this file.
 """
 
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from moe.errors import MoEError
 from moe.training.launch import launch
+
+CONF = Path(__file__).resolve().parent / "conf"
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="config")
@@ -30,5 +36,35 @@ def main(config: DictConfig) -> None:
     print(f"report: {run.folder.report}")
 
 
+def known_keys() -> Iterator[str]:
+    """Every key of conf/, whichever file of a group is chosen, and every group."""
+    yield "resume"
+    for file in CONF.glob("*/*.yaml"):
+        yield file.parent.name
+        yield from (f"{file.parent.name}.{key}" for key in flat_keys(yaml.safe_load(file.read_text()) or {}))
+
+
+def flat_keys(tree: Mapping[str, Any]) -> Iterator[str]:
+    """The dotted keys of a mapping, those of its mappings too."""
+    for key, value in tree.items():
+        yield key
+        if isinstance(value, Mapping):
+            yield from (f"{key}.{inner}" for inner in flat_keys(value))
+
+
+def nearest_keys(arguments: Sequence[str]) -> Iterator[str]:
+    """For each argument that sets an unknown key, a line that names the nearest known one."""
+    known = sorted(set(known_keys()))
+    for key in (argument.lstrip("+~").split("=")[0] for argument in arguments if "=" in argument):
+        near = get_close_matches(key, known, n=1)
+        if key not in known and near:
+            yield f"{key!r} is no setting; did you mean {near[0]!r}?"
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if end.code == 1:  # Hydra has said what is wrong with a setting; this adds what may have been meant
+            print(*nearest_keys(sys.argv[1:]), sep="\n", file=sys.stderr)
+        raise

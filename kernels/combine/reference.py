@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-CHUNK = 1024  # rows whose products with the gradient are held at once, in float32
+CHUNK_TOKENS = 64  # half-precision tokens, and
+CHUNK_ROWS = 256  # rows, that are held in float32 at once: few enough to stay in a core's cache
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -11,23 +13,32 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _sum_bags(rows: Tensor, weights: Tensor | None, source: Tensor, offsets: Tensor) -> Tensor:
+    """Sum ``weights[i] * rows[source[i]]`` over ``offsets[t] <= i < offsets[t + 1]`` for each t, in ascending order."""
+    return embedding_bag(source, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
 def _accumulate(rows: Tensor, weights: Tensor | None, row_ids: Tensor) -> Tensor:
-    tokens, top_k = row_ids.shape
-    total = rows.new_zeros(tokens, rows.shape[1], dtype=accumulation_dtype(rows.dtype))
-    is_none = row_ids < 0
-    any_none = bool(is_none.any())
-    if any_none and weights is not None:
-        weights = weights.masked_fill(is_none, 0)
-    source = row_ids.clamp(min=0)
-    for k in range(top_k):
-        picked = rows.index_select(0, source[:, k])
-        if any_none:  # replaced, not multiplied by zero: the row read in its place may hold NaN
-            picked.masked_fill_(is_none[:, k, None], 0)
-        if weights is None:
-            total += picked
-        else:
-            total.addcmul_(picked, weights[:, k, None])
-    return total.to(rows.dtype)
+    tokens = row_ids.shape[0]
+    is_owned = row_ids >= 0
+    source = row_ids[is_owned]  # by token, then by choice
+    offsets = row_ids.new_zeros(tokens + 1)
+    torch.cumsum(is_owned.sum(1), dim=0, out=offsets[1:])
+    if weights is not None:
+        weights = weights[is_owned]
+    dtype = accumulation_dtype(rows.dtype)
+    if rows.dtype == dtype:
+        return _sum_bags(rows, weights, source, offsets)
+    # Half-precision rows would need weights of their dtype, hence float32 copies of a few rows at a time.
+    out = rows.new_empty(tokens, rows.shape[1])
+    for first in range(0, tokens, CHUNK_TOKENS):
+        last = min(first + CHUNK_TOKENS, tokens)
+        part = slice(int(offsets[first]), int(offsets[last]))
+        copies = rows.index_select(0, source[part]).to(dtype)
+        order = torch.arange(copies.shape[0], dtype=torch.int32)
+        bags = offsets[first : last + 1] - offsets[first]
+        out[first:last] = _sum_bags(copies, None if weights is None else weights[part], order, bags)
+    return out
 
 
 def sum_rows(rows: Tensor, row_ids: Tensor) -> Tensor:
@@ -80,14 +91,17 @@ def combine_rows_backward(
     Returns:
         The gradients of ``rows`` and of ``weights``, of their shapes and dtypes.
     """
-    owned = int(expert_offsets[-1])
-    assigned = assignments[:owned].long()
+    num_owned = int(expert_offsets[-1])
+    assigned = assignments[:num_owned].long()
+    token = assigned // weights.shape[1]
+    row_weights = weights.view(-1)[assigned]
+    dots = torch.empty_like(row_weights)
     grad_rows = torch.empty_like(rows)
-    grad_rows[owned:].zero_()
-    grad_owned = torch.index_select(grad, 0, assigned // weights.shape[1], out=grad_rows[:owned])
-    dots = weights.new_empty(owned)
-    for start in range(0, owned, CHUNK):
-        part = slice(start, start + CHUNK)
-        torch.sum(grad_owned[part].to(weights.dtype) * rows[:owned][part], dim=1, out=dots[part])
-    grad_owned.mul_(weights.view(-1)[assigned, None])
-    return grad_rows, torch.zeros_like(weights).view(-1).scatter_(0, assigned, dots).view_as(weights)
+    grad_rows[num_owned:].zero_()
+    for first in range(0, num_owned, CHUNK_ROWS):
+        part = slice(first, min(first + CHUNK_ROWS, num_owned))
+        dy = grad.index_select(0, token[part]).to(weights.dtype)
+        torch.linalg.vecdot(dy, rows[part].to(weights.dtype), out=dots[part])
+        torch.mul(dy, row_weights[part, None], out=grad_rows[part])
+    grad_weights = torch.zeros_like(weights).view(-1).scatter_(0, assigned, dots)
+    return grad_rows, grad_weights.view_as(weights)

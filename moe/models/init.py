@@ -6,17 +6,18 @@
   sqrt(2 * num_layers), since as many branches add up in it.
 * Routers, a shared expert's gate and biases: as `moe.MoE` draws them.
 
-So experts do not keep the scale 1/10 that `moe.MoE` gives them by itself: with the decoder's own, a small model, dense or
-not, learns faster from the start, and a dense and an MoE decoder differ in nothing but their layers.
+So experts do not keep the scale 1/10 that `moe.MoE` gives them by itself: with 2/5 a small decoder learns faster from
+the start, and a dense and an MoE decoder differ in nothing but their layers.
 
-Source: Nguyen & Salazar 2019, arXiv 1910.05895 (2/5, their SmallInit), as GPT-NeoX-20B used it for embedding and matrices
-(Black et al. 2022, arXiv 2204.06745, section 2.1.3); GPT-2 (Radford et al. 2019, section 2.3) for the division.
+Source: Nguyen & Salazar 2019, arXiv 1910.05895 (2/5, their SmallInit), as GPT-NeoX-20B used it (Black et al. 2022,
+arXiv 2204.06745, "Initialization"); GPT-2 (Radford et al. 2019, section 2.3) for the division.
 """
 
 import math
 
 from torch import Tensor, nn
 
+from moe.experts import FeedForward
 from moe.init import fan_in_normal_
 from moe.layer import MoE
 from moe.models.block import Block
@@ -39,26 +40,22 @@ def init_block(block: Block, num_layers: int) -> None:
     """Draw a block's weights anew."""
     block.attention_norm.reset_parameters()
     block.ffn_norm.reset_parameters()
-    parts = (block.ffn.router, block.ffn.experts, block.ffn.shared) if isinstance(block.ffn, MoE) else (block.ffn,)
-    for part in parts:
-        if part is not None:
-            part.reset_parameters()
-    readers, writers = _matrices(block)
+    readers: list[Tensor] = [block.attention.qkv.weight]
+    writers: list[Tensor] = [block.attention.out.weight]
+    dense: FeedForward | None
+    if isinstance(block.ffn, MoE):
+        block.ffn.router.reset_parameters()
+        block.ffn.experts.reset_parameters()
+        readers.append(block.ffn.experts.up_weight)
+        writers.append(block.ffn.experts.down_weight)
+        dense = block.ffn.shared
+    else:
+        dense = block.ffn
+    if dense is not None:
+        dense.reset_parameters()
+        readers.append(dense.up.weight)
+        writers.append(dense.down.weight)
     for weight in readers:
         fan_in_normal_(weight, weight.shape[-1], SCALE)
     for weight in writers:
         fan_in_normal_(weight, weight.shape[-1], SCALE / (2 * num_layers))
-
-
-def _matrices(block: Block) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights ``(..., out, in)`` that read the residual stream, and those that write to it."""
-    readers, writers = [block.attention.qkv.weight], [block.attention.out.weight]
-    dense = block.ffn
-    if isinstance(block.ffn, MoE):
-        readers.append(block.ffn.experts.up_weight)
-        writers.append(block.ffn.experts.down_weight)
-        dense = block.ffn.shared
-    if dense is not None:
-        readers.append(dense.up.weight)
-        writers.append(dense.down.weight)
-    return readers, writers

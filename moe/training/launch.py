@@ -91,7 +91,7 @@ def make_model(settings: Settings, vocab_size: int, seq_len: int) -> Decoder:
 def sample(model: Decoder, data: PreparedData, prompt: str, num_tokens: int) -> str:
     """What the model writes after a prompt, always the same for the same model."""
     device = next(model.parameters()).device
-    tokens = torch.tensor([[data.tokenizer.separator_id, *data.tokenizer.encode(prompt)]], device=device)
+    tokens = torch.tensor([[data.tokenizer.separator_id, *data.tokenizer.encode(prompt).tolist()]], device=device)
     room = model.config.max_seq_len - tokens.shape[1]
     generator = torch.Generator(device=device).manual_seed(0)
     out = generate(

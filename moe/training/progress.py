@@ -12,6 +12,12 @@ from rich.text import Text
 
 from moe.training.metrics import worst_max_vio
 
+_MEASURES = {
+    "train/loss": "loss {:.3f}",
+    "val/bits_per_byte": "val {:.3f} bits/byte",
+    "train/tokens_per_second": "{:,.0f} tokens/s",
+}
+
 
 class Progress:
     """Shows how far a run is and how it does: a live bar on a terminal, plain lines elsewhere (CI logs, files).
@@ -95,19 +101,13 @@ class Progress:
     def _measures(self) -> list[str]:
         """The measured values as words, without those not measured yet."""
         parts = []
-        for key, words in (
-            ("train/loss", "loss {:.3f}"),
-            ("val/bits_per_byte", "val {:.3f} bits/byte"),
-        ):
-            if key in self._latest:
-                value = self._latest[key]
-                parts.append(words.format(value) if isinstance(value, int | float) else f"{key} not finite")
+        for key, words in _MEASURES.items():
+            value = self._latest.get(key)
+            if isinstance(value, int | float):
+                parts.append(words.format(value))
         worst = worst_max_vio(self._latest)
         if worst is not None:
             parts.append(f"MaxVio {worst[1]:.3f} ({worst[0]})")
-        speed = self._latest.get("train/tokens_per_second")
-        if isinstance(speed, int | float):
-            parts.append(f"{speed:,.0f} tokens/s")
         return parts
 
     def _times(self) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe.errors import DtypeError, ShapeError
 from moe.kernels.combine import combine_rows
-from moe.kernels.combine.reference import CHUNK
+from moe.kernels.combine.reference import CHUNK_ROWS, CHUNK_TOKENS
 from moe.kernels.plan import make_plan
 from moe.types import Plan
 from tests.support.kernels import check_against_oracle, dense_combine, poison_unowned, random_ids, routings
@@ -35,8 +35,16 @@ def test_against_the_oracle(routing: tuple[Tensor, int], dim: int, dtype: torch.
     check(make_plan(*routing), dim, dtype)
 
 
-def test_more_rows_than_a_chunk() -> None:
-    check(make_plan(random_ids(CHUNK // 2 + 5, 3, 4), 4), 3, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_than_a_chunk(dtype: torch.dtype) -> None:
+    tokens = max(CHUNK_TOKENS, CHUNK_ROWS // 3) + 5
+    check(make_plan(random_ids(tokens, 4, 4), 4), 3, dtype)
+
+
+def test_sums_best_expert_first() -> None:
+    plan = make_plan(torch.tensor([[2, 1, 0]], dtype=torch.int32), 3)
+    rows = torch.tensor([[1.0], [-1e8], [1e8]])  # 1e8 - 1e8 + 1; in any other order float32 loses the one
+    assert combine_rows(rows, torch.ones(1, 3), plan).item() == 1
 
 
 def test_gradient_in_float64() -> None:

@@ -5,6 +5,8 @@ Runs on a GPU, or on the CPU with each launch executed by Triton's semantics::
     python -m ttsem.sanitize pytest tests/kernels -m gpu
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from moe.kernels.combine import combine_rows
 from moe.kernels.gather import gather_rows
 from moe.kernels.grouped_mm import grouped_mm
 from moe.kernels.plan import make_plan
+from moe.types import Plan
 from tests.support.kernels import (
     check_against_oracle,
     dense_combine,
@@ -42,19 +45,14 @@ ROUTINGS = {  # expert_ids, num_experts; 128 rows are a tile of the products, an
     "zero tokens": (torch.empty(0, 2, dtype=torch.int32), 3),
     "more experts than rows": (random_ids(4, 3, 64), 64),
 }
-# Widths that are not divisible by 16, by a vector load's 8, or by anything; and one longer than any tile.
+# Features in and out: divisible by 16 elements (which Triton compiles apart) or not, and wider than a tile.
 WIDTHS = {"example": (8, 5), "ragged, expert 2 empty": (33, 136), "all to the last": (64, 48)}
-
-routing_and_dtype = [
-    pytest.mark.parametrize("name", ROUTINGS),
-    pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")),
-]
+DEFAULT_WIDTHS = (16, 16)
 
 
-def each_routing_and_dtype(function):
-    for mark in routing_and_dtype:
-        function = mark(function)
-    return function
+def each_routing_and_dtype(test: Callable[..., None]) -> Callable[..., None]:
+    by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+    return pytest.mark.parametrize("name", ROUTINGS)(by_dtype(test))
 
 
 PLANS = {
@@ -87,10 +85,10 @@ def test_plan_counts_an_id_out_of_range_as_no_expert() -> None:
 def test_gather(name: str, dtype: torch.dtype) -> None:
     ids, num_experts = ROUTINGS[name]
     plan = naive_plan(ids, num_experts)
-    check_gather(plan, WIDTHS.get(name, (16, 16))[0], dtype)
+    check_gather(plan, WIDTHS.get(name, DEFAULT_WIDTHS)[0], dtype)
 
 
-def check_gather(plan, dim: int, dtype: torch.dtype) -> None:
+def check_gather(plan: Plan, dim: int, dtype: torch.dtype) -> None:
     on_gpu = move(plan, "cuda")
     check_against_oracle(
         lambda x: gather_rows(x, on_gpu),
@@ -104,10 +102,10 @@ def check_gather(plan, dim: int, dtype: torch.dtype) -> None:
 @each_routing_and_dtype
 def test_combine(name: str, dtype: torch.dtype) -> None:
     ids, num_experts = ROUTINGS[name]
-    check_combine(naive_plan(ids, num_experts), WIDTHS.get(name, (16, 16))[0], dtype)
+    check_combine(naive_plan(ids, num_experts), WIDTHS.get(name, DEFAULT_WIDTHS)[0], dtype)
 
 
-def check_combine(plan, dim: int, dtype: torch.dtype) -> None:
+def check_combine(plan: Plan, dim: int, dtype: torch.dtype) -> None:
     on_gpu = move(plan, "cuda")
     rows = poison_unowned(torch.randn(plan.assignments.shape[0], dim).to(dtype), plan)
     weights = torch.randn(plan.rows.shape).masked_fill(plan.rows < 0, float("nan"))
@@ -128,10 +126,10 @@ def test_rows_wider_than_a_block() -> None:
 @each_routing_and_dtype
 def test_grouped_mm(name: str, dtype: torch.dtype) -> None:
     ids, num_experts = ROUTINGS[name]
-    check_grouped_mm(naive_plan(ids, num_experts), *WIDTHS.get(name, (16, 16)), dtype)
+    check_grouped_mm(naive_plan(ids, num_experts), *WIDTHS.get(name, DEFAULT_WIDTHS), dtype)
 
 
-def check_grouped_mm(plan, num_in: int, num_out: int, dtype: torch.dtype) -> None:
+def check_grouped_mm(plan: Plan, num_in: int, num_out: int, dtype: torch.dtype) -> None:
     offsets = plan.expert_offsets.cuda()
     rows = poison_unowned(torch.randn(plan.assignments.shape[0], num_in).to(dtype), plan)
     weight = torch.randn(plan.expert_offsets.shape[0] - 1, num_out, num_in).to(dtype)
@@ -146,5 +144,26 @@ def check_grouped_mm(plan, num_in: int, num_out: int, dtype: torch.dtype) -> Non
 
 def test_float32_products_are_not_rounded_to_tf32() -> None:
     rows = torch.full((1, 16), 1 + 2**-12).cuda()
-    out = grouped_mm(rows, torch.ones(1, 1, 16).cuda(), torch.tensor([0, 1], dtype=torch.int32).cuda())
-    assert out.item() == 16 + 2**-8  # TF32 has 10 bits after the point
+    out = grouped_mm(rows, torch.ones(1, 16, 16).cuda(), torch.tensor([0, 1], dtype=torch.int32).cuda())
+    assert out[0].tolist() == [16 + 2**-8] * 16  # TF32 has 10 bits after the point
+
+
+def test_sums_best_expert_first() -> None:
+    plan = move(naive_plan(torch.tensor([[2, 1, 0]], dtype=torch.int32), 3), "cuda")
+    rows = torch.tensor([[1.0], [-1e8], [1e8]]).cuda()  # 1e8 - 1e8 + 1; in any other order float32 loses the one
+    assert combine_rows(rows, torch.ones(1, 3).cuda(), plan).item() == 1
+
+
+def test_repeats_to_the_last_bit() -> None:
+    plan = move(naive_plan(random_ids(50, 3, 4), 4), "cuda")
+    leaves = [
+        torch.randn(shape, dtype=dtype).cuda().requires_grad_()
+        for shape, dtype in (((50, 32), torch.bfloat16), ((4, 48, 32), torch.bfloat16), ((50, 3), torch.float32))
+    ]
+
+    def run() -> tuple[Tensor, ...]:
+        x, weight, weights = leaves
+        y = combine_rows(grouped_mm(gather_rows(x, plan), weight, plan.expert_offsets), weights, plan)
+        return y, *torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    assert all(torch.equal(first, second) for first, second in zip(run(), run()))

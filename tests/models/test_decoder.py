@@ -178,9 +178,9 @@ def test_it_learns_to_copy(small_config):
     """Attention to the token some places back is all that copying takes: it fails without positions or causality."""
     model = Decoder(small_config(num_layers=2, vocab_size=12, moe={"hidden_dim": 24, "num_experts": 4}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
-    first = torch.randint(0, 12, (64, 5))
+    first = torch.randint(0, 12, (32, 5))
     tokens = torch.cat((first, first), dim=1)
-    for _ in range(80):
+    for _ in range(60):
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits[:, 4:].flatten(0, 1), tokens[:, 5:].flatten())
         optimizer.zero_grad()

@@ -79,7 +79,7 @@ def test_thinning_keeps_the_extremes_and_invents_nothing() -> None:
 def test_user_settings_of_matplotlib_do_not_reach_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [Line(Curve(np.array([1.0, 2.0]), np.array([3.0, 4.0])))]
     before = draw(Chart("key", "title", "note", "unit"), lines)
-    monkeypatch.setitem(mpl.rcParams, "font.size", 30.0)
+    monkeypatch.setitem(mpl.rcParams, "xtick.labelsize", 30.0)
     assert draw(Chart("key", "title", "note", "unit"), lines) == before
     assert before is not None
 

@@ -122,7 +122,7 @@ def _read_json_lines(source: Source, field: str, on_bad: Callable[[str], None]) 
                     yield _text_of(json.loads(line.decode("utf-8-sig")), field)
                 except (ValueError, RecursionError) as error:
                     on_bad(f"{source.name}, line {number}: {error}")
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UnreadableFileError(f"cannot be read: {error}") from error
 
 

@@ -121,7 +121,7 @@ def _cards(history: History, summary: RunSummary, rows: Sequence[BalanceRow]) ->
         Card("Parameters", short_count(summary.total_parameters), (active,)),
         Card("Wall time", duration(seconds), (f"{history.last_step:,} steps",)),
         Card("Tokens seen", short_count(tokens), (f"{short_count(history.tokens_per_step())} a step",)),
-        Card("Skipped steps", MISSING if skipped is None else f"{skipped:,.0f}", ("loss or gradient not finite",)),
+        Card("Skipped steps", decimal(skipped, 0), ("loss or gradient not finite",)),
         Card("Data files skipped", f"{len(summary.skipped_files):,}", ("not readable as text",)),
     ]
     return cards
@@ -153,7 +153,12 @@ def _draw_training(history: History, summary: RunSummary) -> list[Drawing]:
         ),
         draw(
             Chart(
-                "speed", "Tokens per second", "Between two log lines.", "tokens/s", bottom=0, ticks=EngFormatter(sep="")
+                "speed",
+                "Tokens per second",
+                "Since the line before, validation and checkpoints left out.",
+                "tokens/s",
+                bottom=0,
+                ticks=EngFormatter(sep=""),
             ),
             [Line(curve("train/tokens_per_second"))],
         ),

@@ -1,0 +1,42 @@
+"""Settings of the documentation; ``make docs`` builds it, and a warning fails the build."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+import moe  # noqa: E402
+
+project = "moe"
+author = "The moe authors"
+version = release = moe.__version__
+copyright = f"{author}, Apache-2.0"  # noqa: A001
+
+extensions = ["mathml", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+nitpicky = True
+# Other projects' names have no target here: looking them up would take the network.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|numpy|np|jaxtyping|tokenizers|collections|pathlib|types|datetime|typing|abc)\..*"),
+]
+default_role = "py:obj"
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_class_signature = "mixed"
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Init", "Init"), ("Parameters", "Parameters")]
+maximum_signature_line_length = 88
+python_maximum_signature_line_length = 88
+
+html_math_renderer = "mathml"
+html_theme = "furo"
+html_title = f"moe {release}"
+html_static_path = ["_static"]
+html_show_sphinx = False
+html_copy_source = False
