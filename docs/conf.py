@@ -12,7 +12,7 @@ author = "The moe authors"
 version = release = moe.__version__
 copyright = f"{author}, Apache-2.0"  # noqa: A001
 
-extensions = ["mathml", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["docstrings", "mathml", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 nitpicky = True
 # Other projects' names have no target here: looking them up would take the network.
@@ -30,8 +30,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_class_signature = "mixed"
 napoleon_numpy_docstring = False
-napoleon_custom_sections = [("Init", "Init"), ("Parameters", "Parameters")]
-maximum_signature_line_length = 88
+napoleon_custom_sections = ["Init", "Parameters"]
 python_maximum_signature_line_length = 88
 
 html_math_renderer = "mathml"

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 import yaml
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, MoEError
 from moe.models import Decoder, DecoderConfig, generate
 from moe.training.config import TrainConfig, pick_device
 from moe.training.data import PreparedData, prepare
@@ -20,6 +20,9 @@ from moe.training.report import RunSummary, write_report
 from moe.training.run_folder import RunFolder
 from moe.training.schedule import Schedule
 from moe.training.trainer import Status, Trainer
+
+_PACKAGES = ("moe-torch", "torch", "numpy")
+"""Whose versions a report names."""
 
 _NOT_TRAINING = ("name", "root", "device", "threads", "prompt", "sample_tokens")
 """Settings of ``run`` that are not the trainer's."""
@@ -72,9 +75,11 @@ def launch(settings: Settings) -> Run:
     summary = _summary(model, data, config, device)
     try:
         status = trainer.run()
-        summary = replace(summary, prompt=run["prompt"], sample=sample(model, data, run["prompt"], run["sample_tokens"]))
-    finally:
-        write_report(folder, summary)
+    except MoEError:
+        write_report(folder, summary)  # a run that was stopped leaves its report too
+        raise
+    text = sample(model, data, run["prompt"], run["sample_tokens"])
+    write_report(folder, replace(summary, prompt=run["prompt"], sample=text))
     return Run(folder, status, model, trainer.evaluate(), trainer.seconds)
 
 
@@ -126,7 +131,7 @@ def _summary(model: Decoder, data: PreparedData, config: TrainConfig, device: to
         gzip_bits_per_byte=data.gzip_bpb,
         skipped_files=_skipped(data),
         hardware=hardware,
-        versions={name: version(name) for name in ("moe-torch", "torch", "numpy")} | {"python": platform.python_version()},
+        versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
     )
 
 
@@ -138,4 +143,3 @@ def _skipped(data: PreparedData) -> tuple[str, ...]:
 def _processor() -> str:
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
-

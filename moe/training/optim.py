@@ -7,7 +7,12 @@ from moe.config import require_positive
 
 
 def make_optimizer(
-    model: nn.Module, *, peak: float, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8
+    model: nn.Module,
+    *,
+    peak: float,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
 ) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only, not on norms and biases.
 

@@ -201,7 +201,8 @@ class Trainer:
         where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is {good.path}"
         raise TrainingError(
             f"the loss or its gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step "
-            f"{self.step} (max_skipped={self.config.max_skipped}); {where}. Lower the learning rate, or look at the data"
+            f"{self.step} (max_skipped={self.config.max_skipped}); {where}. Lower the learning rate, or look at the "
+            f"data"
         )
 
     def _checkpoint_or_warn(self) -> None:
@@ -221,7 +222,7 @@ class Trainer:
         }
 
     def _training_line(self, result: StepResult) -> dict[str, Any]:
-        """The measures of a step; the speed is that of all steps since the last line, validations and checkpoints apart."""
+        """The measures of a step; the speed is that of all steps since the last line, without validations."""
         tokens = self._unlogged_steps * self.config.tokens_per_step
         speed = tokens / max(self._unlogged_seconds, 1e-9)
         self._unlogged_steps, self._unlogged_seconds = 0, 0.0

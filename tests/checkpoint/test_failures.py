@@ -249,6 +249,7 @@ def test_a_real_limit_on_file_size(tmp_path):
     run(LIMITED, tmp_path)
 
 
+@pytest.mark.slow
 def test_death_in_front_of_every_change_of_the_file_system(tmp_path):
     deaths, outcomes = run(KILLED_EVERYWHERE, tmp_path).split(maxsplit=1)
     assert outcomes.strip() == "[3, 4, 33]"

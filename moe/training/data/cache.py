@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         stored = json.loads((folder / MANIFEST).read_bytes())
         body = stored["body"]
-        intact = True
+        intact = stored["checksum"] == _hash(body)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

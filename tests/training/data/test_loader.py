@@ -199,6 +199,7 @@ def test_eval_windows_are_fixed_apart_and_evenly_spaced(length, batch_size, max_
         assert gaps.min() >= 10  # no target twice
         assert gaps.max() - gaps.min() <= 10  # even up to one window
     assert inputs[0, 0] == 0
+    assert inputs[-1, 0] // 10 >= available - 1 - available / len(inputs)  # to the end
     again = torch.cat([batch["inputs"] for batch in eval_batches(tokens, 10, batch_size, max_windows)])
     assert torch.equal(inputs, again)
 
