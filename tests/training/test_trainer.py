@@ -21,7 +21,7 @@ def test_a_run_learns_and_leaves_everything(settings):
     trained = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in trained] == list(range(1, 13))
     assert trained[-1]["tokens"] == 12 * 2 * 16 * 2
-    assert trained[0]["train/loss"] == pytest.approx(5.55, abs=0.1)  # log 257: nothing is known yet
+    assert trained[0]["train/loss"] == pytest.approx(5.55, abs=0.5)  # log 257: nothing is known yet
     assert trained[-1]["train/loss"] < trained[0]["train/loss"] - 0.5
     assert {line["step"] for line in lines if "val/bits_per_byte" in line} == {6, 12}
     assert lines[-1] == {"step": 12, "tokens": 768, "run/status": "finished"}
