@@ -1,12 +1,18 @@
-"""Two habits of this library's docstrings that napoleon would read otherwise.
+"""What autodoc and napoleon would read otherwise.
 
 * "Source: ..." is a paragraph, whose later lines may hang. Without help they would become a definition list.
 * An attribute's docstring, and what follows "Returns:", are sentences. Napoleon takes words before a colon for a type.
+* "E." alone is a size's letter. It would become the first item of a list.
+* A dataclass writes ``<factory>`` for a default that is made anew each time, which is no Python.
 """
 
+import re
 from typing import Any
 
 from sphinx.application import Sphinx
+
+LETTER = re.compile(r"^( *(?::param \w+: )?)([A-Z]\.)")
+"""A line, or a parameter's description, that starts with one letter and a full stop."""
 
 COLON = "\ue000"
 """Stands for a colon while napoleon looks; a code point that no text has."""
@@ -25,12 +31,19 @@ def _before_napoleon(_app: Sphinx, what: str, _name: str, _obj: Any, _options: A
 
 
 def _after_napoleon(_app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
-    lines[:] = [line.replace(COLON, ":") for line in lines]
+    lines[:] = [LETTER.sub(r"\1\\\2", line.replace(COLON, ":")) for line in lines]
+
+
+def _signature(
+    _app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    return signature and signature.replace("<factory>", "..."), returns
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Put a step before napoleon's and one after it."""
+    """Put a step before napoleon's, one after it, and one on signatures."""
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-docstring", _before_napoleon, priority=400)
     app.connect("autodoc-process-docstring", _after_napoleon, priority=600)
+    app.connect("autodoc-process-signature", _signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
