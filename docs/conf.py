@@ -34,7 +34,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_class_signature = "mixed"
 napoleon_numpy_docstring = False
-napoleon_custom_sections = ["Init", "Parameters"]
+napoleon_custom_sections = ["Init", "Weights"]
 python_maximum_signature_line_length = 88
 
 html_math_renderer = "mathml"

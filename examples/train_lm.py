@@ -1,7 +1,7 @@
 """Train a Mixture-of-Experts language model, and leave a report of the run.
 
     python examples/train_lm.py
-    python examples/train_lm.py data.path=~/books balance=score_bias run.steps=2000
+    python examples/train_lm.py data.path=$HOME/books balance=score_bias run.steps=2000
     python examples/train_lm.py run.name=first resume=auto
 
 Settings are composed by Hydra from the folder conf/ beside this file.

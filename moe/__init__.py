@@ -1,4 +1,4 @@
-"""Mixture-of-Experts layers for PyTorch: routing, balance, deterministic dispatch, and numbers you can trust."""
+"""Mixture-of-Experts layers for PyTorch: routing, balance and deterministic dispatch."""
 
 from moe.balance import RouterZLoss, ScoreBias, SquaredDeviation, SwitchLoss
 from moe.layer import MoE, balance_loss, balance_step, moe_layers, take_evaluation_load

@@ -17,7 +17,7 @@ The balance loss reaches the router in one of two ways:
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -91,23 +91,15 @@ class CallLog:
         if not calls:
             raise RecomputationError(
                 f"a backward pass recomputes a call of {num_tokens} tokens that this layer has not made in training "
-                f"mode, or "
-                f"made more than {_MAX_OPEN_CALLS} calls ago"
+                f"mode, made more than {_MAX_OPEN_CALLS} calls ago, or (reentrant checkpointing) has recomputed before"
             )
-        if len(calls) == 1:
-            return calls[0]
-        with torch.no_grad():
-            chosen = choose()
-        agreement = torch.stack([(c.chosen == chosen).double().mean() for c in calls]).tolist()
-        best = max(range(len(calls)), key=agreement.__getitem__)
-        if agreement[best] < _MIN_AGREEMENT:
-            raise RecomputationError(
-                f"a backward pass recomputes one of {len(calls)} open calls of this layer, but its decisions agree "
-                f"with "
-                f"none of them (best: {agreement[best]:.0%} of the assignments); use torch.utils.checkpoint with "
-                "preserve_rng_state=True, or run backward after each forward"
-            )
-        return calls[best]
+        call = calls[0] if len(calls) == 1 else _best_match(calls, choose)
+        if torch.is_grad_enabled() and call in self._without_graph:
+            # From now on it lives as long as the graph that this recomputation builds, which a region inside a region may
+            # recompute once more. (Without gradients this is such a region's own first pass.)
+            self._without_graph.remove(call)
+            self._with_graph.add(call)
+        return call
 
     def open(self, call: Call, loss: Float[Tensor, ""] | None, num_tokens: Int[Tensor, ""]) -> None:
         """Note a new call, and its loss if it has one."""
@@ -120,8 +112,7 @@ class CallLog:
         if len(self._pending) == _MAX_OPEN_CALLS:
             warnings.warn(
                 f"{_MAX_OPEN_CALLS} forward passes in training mode without moe.balance_loss(model): their balance "
-                f"losses "
-                "are discarded and balance nothing. Add it to the training loss, or construct MoE with balance=()",
+                "losses are discarded and balance nothing. Add it to the training loss, or make MoE with balance=()",
                 stacklevel=4,
             )
             self._pending.clear()
@@ -164,6 +155,21 @@ def attach(y: Float[Tensor, "T D"], loss: Float[Tensor, ""] | None, call: Call) 
     return attached
 
 
+def _best_match(calls: Sequence[Call], choose: Callable[[], Int[Tensor, "T K"]]) -> Call:
+    """The call whose decision agrees best with what the recomputation would choose; waits for the device."""
+    with torch.no_grad():
+        chosen = choose()
+    agreement = torch.stack([(call.chosen == chosen).double().mean() for call in calls]).tolist()
+    best = max(range(len(calls)), key=agreement.__getitem__)
+    if agreement[best] < _MIN_AGREEMENT:
+        raise RecomputationError(
+            f"a backward pass recomputes one of {len(calls)} open calls of this layer, but its decisions agree with "
+            f"none of them (best: {agreement[best]:.0%} of the assignments); use torch.utils.checkpoint with "
+            "preserve_rng_state=True, or run backward after each forward"
+        )
+    return calls[best]
+
+
 def _collect(pending: PendingLoss) -> Float[Tensor, ""]:
     if pending.loss.requires_grad:
         return pending.loss
@@ -203,8 +209,7 @@ class _Attach(torch.autograd.Function):
             return gradient, None, None
         if call.loss_gradient is None:
             raise RecomputationError(
-                "the balance loss of a layer under reentrant checkpointing has no gradient yet: call backward() "
-                "once, on the "
-                "sum of the training loss and moe.balance_loss(model), or checkpoint with use_reentrant=False"
+                "the balance loss of a layer under reentrant checkpointing has no gradient yet: call backward() once, "
+                "on the sum of the training loss and moe.balance_loss(model), or checkpoint with use_reentrant=False"
             )
         return gradient, call.loss_gradient, None

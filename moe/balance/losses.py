@@ -35,11 +35,10 @@ class SquaredDeviation:
 
     Counts are hard and carry no gradient, so the value uses the counts and the gradient passes to ``P_e``. Its
     gradient is then ``2 E sum_e f_e grad P_e``, that of the Switch loss with twice the coefficient. The factor E
-    makes a coefficient mean the same for any number of experts; without it, 0.01 at E=64 does nothing.
+    makes a coefficient mean the same for any number of experts; without it, the loss weakens as 1 / E.
 
     Source: the sum is the balance loss of the project's source document (section 7); the gradient is the
-        straight-through
-    identity derived at kexue.fm/archives/10735.
+    straight-through identity derived at kexue.fm/archives/10735.
     """
 
     coefficient: float = 0.01
@@ -60,8 +59,7 @@ class SwitchLoss:
     """``E * sum_e f_e P_e``: 1 at balance.
 
     Source: Switch Transformer (arXiv 2101.03961, equations 4-6), GShard (arXiv 2006.16668, section 2.2); with K > 1,
-        f_e
-    counts every assignment and is divided by K, so that the value does not grow with K.
+    f_e counts every assignment and is divided by K, so that the value does not grow with K.
     """
 
     coefficient: float = 0.01

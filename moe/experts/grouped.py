@@ -31,7 +31,7 @@ class GroupedExperts(nn.Module):
         activation: see ``moe.config.Activation``.
         bias: add a bias to both products.
 
-    Parameters:
+    Weights:
         ``up_weight (E, U, D)``, the gate's F rows first; ``down_weight (E, D, F)``; with ``bias`` also ``up_bias (E,
         U)`` and ``down_bias (E, D)``. Weights start as a truncated normal of deviation sqrt(0.1 / fan_in), where
         fan_in is that of one expert (D, then F); biases start at 0. See ``moe.init`` for the source.
@@ -96,8 +96,8 @@ class GroupedExperts(nn.Module):
             dtype = x.dtype
         else:
             raise DtypeError(
-                f"x is {x.dtype} but the experts' weights are {self.up_weight.dtype}; convert one of them, or use "
-                f"autocast"
+                f"x is {x.dtype} but the experts' weights are {self.up_weight.dtype}; "
+                "convert one of them, or use autocast"
             )
         up_bias = None if self.up_bias is None else self.up_bias.to(dtype)
         down_bias = None if self.down_bias is None else self.down_bias.to(dtype)

@@ -40,7 +40,7 @@ class LoadStats:
 
     @property
     def max_vio(self) -> Float[Tensor, ""]:
-        """Largest load over the mean load, minus 1: 0 is even, E - 1 is all on one (arXiv 2408.15664, equation 4)."""
+        """Largest load over the mean load, minus 1: 0 is even, E / K - 1 is all on K (arXiv 2408.15664, equation 4)."""
         return max_violation(self.tokens_per_expert)
 
     @property
@@ -50,7 +50,7 @@ class LoadStats:
 
     @property
     def entropy(self) -> Float[Tensor, ""]:
-        """Entropy of the load over log E: 1 is even, 0 is all on one."""
+        """Entropy of the load over log E: 1 is even, log K / log E is all on K."""
         load = self.load
         scale = math.log(load.numel()) if load.numel() > 1 else 1.0
         return -torch.xlogy(load, load).sum() / scale

@@ -2,7 +2,7 @@
 
 from moe.routing.capacity import limit_capacity
 from moe.routing.router import Router
-from moe.routing.routers import ROUTERS, SigmoidRouter, SoftmaxRouter, SwitchRouter, TopKSoftmaxRouter
+from moe.routing.routers import ROUTERS, SigmoidRouter, SoftmaxRouter, SwitchRouter
 
 __all__ = [
     "ROUTERS",
@@ -10,6 +10,5 @@ __all__ = [
     "SigmoidRouter",
     "SoftmaxRouter",
     "SwitchRouter",
-    "TopKSoftmaxRouter",
     "limit_capacity",
 ]

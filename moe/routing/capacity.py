@@ -27,7 +27,7 @@ def limit_capacity(routing: Routing, capacity_factor: float, policy: DropPolicy)
         The same decision with the dropped assignments set to -1.
 
     Source: GShard (arXiv 2006.16668, section 3.1) and Switch Transformer (arXiv 2101.03961, equation 3) for the
-        capacity.
+    capacity.
     """
     num_tokens, top_k = routing.expert_ids.shape
     counted = num_tokens if routing.token_mask is None else routing.token_mask.sum()

@@ -85,12 +85,6 @@ class Router(nn.Module, ABC):
     def score(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """Turn logits into scores; must not change the order of a token's experts."""
 
-    @abstractmethod
-    def weigh(
-        self, scores: Float[Tensor, "T E"], logits: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"]
-    ) -> Float[Tensor, "T K"]:
-        """Weights of the chosen experts before ``scale``, finite where there is none (-1)."""
-
     def forward(
         self,
         x: Float[Tensor, "T D"],
@@ -114,7 +108,7 @@ class Router(nn.Module, ABC):
             expert_ids = self.select(logits.detach(), scores.detach())
             if token_mask is not None:
                 expert_ids = expert_ids.masked_fill(~token_mask[:, None], -1)
-        weights = (self.weigh(scores, logits, expert_ids) * self.scale).masked_fill(expert_ids < 0, 0.0)
+        weights = self.weigh(scores, expert_ids)
         return Routing(expert_ids, weights, scores, logits, token_mask)
 
     def logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
@@ -133,6 +127,14 @@ class Router(nn.Module, ABC):
         if self.score_bias is not None:
             keys = scores + self.score_bias
         return top_k_lowest_id_first(keys, self.top_k)
+
+    def weigh(self, scores: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+        """Weights of the chosen experts: their scores without the bias, normalised if asked, scaled; 0 for none."""
+        chosen = scores.gather(1, expert_ids.clamp(min=0).long()).masked_fill(expert_ids < 0, 0.0)
+        if self.normalize:
+            # The floor matters only where every chosen score is 0 or has underflowed; it is the smallest normal number.
+            chosen = chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
+        return chosen * self.scale
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Router":
         """Move as any module does, but keep the bias in float32: steps of 0.001 vanish in bfloat16."""
@@ -157,19 +159,3 @@ def top_k_lowest_id_first(keys: Float[Tensor, "T E"], k: int) -> Int[Tensor, "T 
     """The columns of the ``k`` largest keys of each row, largest first, equal keys by rising column; int32."""
     order = torch.sort(keys, dim=-1, descending=True, stable=True).indices
     return order[:, :k].int()
-
-
-def gather_chosen(values: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"], none: float) -> Float[Tensor, "T K"]:
-    """The chosen experts' values, and ``none`` where no expert is."""
-    return values.gather(1, expert_ids.clamp(min=0).long()).masked_fill(expert_ids < 0, none)
-
-
-def chosen_scores(
-    scores: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"], normalize: bool
-) -> Float[Tensor, "T K"]:
-    """The chosen experts' scores, divided by their sum where ``normalize``."""
-    chosen = gather_chosen(scores, expert_ids, 0.0)
-    if not normalize:
-        return chosen
-    # The floor matters only where every chosen score is 0 or has underflowed; it is the smallest normal number.
-    return chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)

@@ -1,5 +1,7 @@
 """The optimizer of a run."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ def make_optimizer(
     *,
     peak: float,
     weight_decay: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.95),
+    betas: Sequence[float] = (0.9, 0.95),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only, not on norms and biases.
@@ -29,6 +31,7 @@ def make_optimizer(
     Source: Loshchilov & Hutter 2017, arXiv:1711.05101.
     """
     require_positive(peak=peak, eps=eps)
+    first, second = betas
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -36,4 +39,4 @@ def make_optimizer(
         is_vector = parameter.dim() < 2 or name.endswith("_bias")
         (vectors if is_vector else matrices).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=peak, betas=betas, eps=eps)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=peak, betas=(first, second), eps=eps)

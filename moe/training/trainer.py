@@ -201,8 +201,8 @@ class Trainer:
         where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is {good.path}"
         raise TrainingError(
             f"the loss or its gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step "
-            f"{self.step} (max_skipped={self.config.max_skipped}); {where}. Lower the learning rate, or look at the "
-            f"data"
+            f"{self.step} (max_skipped={self.config.max_skipped}); {where}. "
+            "Lower the learning rate, or look at the data"
         )
 
     def _checkpoint_or_warn(self) -> None:

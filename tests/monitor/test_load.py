@@ -79,13 +79,12 @@ def test_numbers_round_trip():
     assert second.top_score_sum == first.top_score_sum
 
 
-@pytest.mark.parametrize(("num_experts", "n"), [(8, 400), (64, 128), (64, 2000)])
-def test_floor_is_what_chance_shows(num_experts, n):
-    """A random balanced router's MaxVio, mean of 200 draws; the formula is an asymptote, good to a fifth here."""
+@pytest.mark.parametrize(("num_experts", "n"), [(16, 256), (64, 128), (64, 1024)])
+def test_floor_bounds_what_an_even_router_shows(num_experts, n):
+    """The mean largest of E Gaussians is 0.75 (E=16) and 0.82 (E=64) of sqrt(2 ln E); 200 draws: about 2 %."""
     draws = torch.multinomial(torch.ones(200, num_experts), n * num_experts, replacement=True)
-    counts = torch.stack([torch.bincount(d, minlength=num_experts) for d in draws])
-    measured = torch.stack([max_violation(c) for c in counts]).mean().item()
-    assert measured == pytest.approx(max_violation_floor(num_experts, n), rel=0.35)
+    measured = torch.stack([max_violation(torch.bincount(d, minlength=num_experts)) for d in draws]).mean().item()
+    assert 0.7 < measured / max_violation_floor(num_experts, n) < 0.9
 
 
 def test_floor_of_one_expert_is_zero():

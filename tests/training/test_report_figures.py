@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from moe.training.report.figures import Chart, Line, draw
 from moe.training.report.heatmap import color_half_range, draw_load, resample
 from moe.training.report.history import Curve, Loads
-from moe.training.report.numbers import decimal, duration, percent, sampling_floor, short_count
+from moe.training.report.numbers import decimal, duration, percent, short_count
 
 
 @pytest.mark.parametrize("experts", [1, 2, 256])
@@ -82,17 +82,6 @@ def test_user_settings_of_matplotlib_do_not_reach_the_page(monkeypatch: pytest.M
     monkeypatch.setitem(mpl.rcParams, "xtick.labelsize", 30.0)
     assert draw(Chart("key", "title", "note", "unit"), lines) == before
     assert before is not None
-
-
-def test_sampling_floor_bounds_what_an_even_router_shows() -> None:
-    rng = np.random.default_rng(0)
-    for experts, tokens in ((16, 256), (64, 1024)):
-        counts = rng.multinomial(experts * tokens, np.full(experts, 1 / experts), size=400)
-        seen = float((counts.max(axis=1) / tokens - 1).mean())
-        # The mean maximum of E Gaussians is 0.75 (E = 16) and 0.82 (E = 64) of sqrt(2 ln E); the mean of 400 draws
-        # is known to about 1 %.
-        assert 0.7 < seen / sampling_floor(experts, float(tokens)) < 0.9
-    assert sampling_floor(1, 100.0) == 0.0
 
 
 def test_numbers_for_readers() -> None:

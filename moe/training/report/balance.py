@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
+from moe.monitor import max_violation_floor
 from moe.training.metrics import MAX_VIO
 from moe.training.report.figures import Chart, Drawing, Line, draw
 from moe.training.report.heatmap import color_half_range, draw_load
 from moe.training.report.history import Curve, History
-from moe.training.report.numbers import MISSING, decimal, percent, sampling_floor
+from moe.training.report.numbers import MISSING, decimal, percent
 from moe.training.report.summary import RunSummary
 from moe.training.report.theme import series_dash, series_variable
 
@@ -176,7 +177,7 @@ def _row(history: History, swatch: Swatch, pooled: float | None, checked: float 
 
 
 def _floor(experts: int, assignments: float | None) -> str:
-    return decimal(sampling_floor(experts, assignments / experts)) if assignments else MISSING
+    return decimal(max_violation_floor(experts, assignments / experts)) if assignments else MISSING
 
 
 def _pooled_assignments(history: History, summary: RunSummary) -> float | None:
@@ -198,4 +199,4 @@ def _floor_curve(history: History, summary: RunSummary) -> Curve:
     experts = sizes.pop()
     steps = history.loads(history.layers[0]).steps
     pooled = np.clip(steps, 1, summary.pooled_steps) * tokens * summary.top_k / experts
-    return Curve(steps, np.array([sampling_floor(experts, count) for count in pooled.tolist()]))
+    return Curve(steps, np.array([max_violation_floor(experts, count) for count in pooled.tolist()]))

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them, and the yardstick MaxVio is held against."""
+"""Numbers as a reader wants them."""
 
 import math
 
@@ -57,20 +57,3 @@ def duration(seconds: float | None) -> str:
         if whole >= size:
             return f"{whole // size} {unit} {whole % size // smaller} {name}"
     return f"{whole} s"
-
-
-def sampling_floor(num_experts: int, tokens_per_expert: float) -> float:
-    """MaxVio that chance alone leaves when every token picks among the experts evenly and independently.
-
-    The loads of E experts then spread by ``1 / sqrt(n)`` around their mean, and the largest of E such draws lies, on
-    average, a little less than ``sqrt(2 ln E)`` spreads above it. Below this value a router cannot be told from an
-    even one.
-
-    Args:
-        num_experts: E.
-        tokens_per_expert: n, the mean count that MaxVio was computed from; positive.
-
-    Returns:
-        ``sqrt(2 ln E / n)``.
-    """
-    return math.sqrt(2 * math.log(num_experts) / tokens_per_expert)
