@@ -95,8 +95,8 @@ class CallLog:
             )
         call = calls[0] if len(calls) == 1 else _best_match(calls, choose)
         if torch.is_grad_enabled() and call in self._without_graph:
-            # From now on it lives as long as the graph that this recomputation builds, which a region inside a region may
-            # recompute once more. (Without gradients this is such a region's own first pass.)
+            # From now on it lives as long as the graph that this recomputation builds: a region inside a region may be
+            # recomputed once more. (Without gradients, this is such a region's own first pass.)
             self._without_graph.remove(call)
             self._with_graph.add(call)
         return call

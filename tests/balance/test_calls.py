@@ -1,64 +1,13 @@
 """Recomputation: one decision, one count and one loss a call, whatever activation checkpointing does."""
 
-import copy
-import pickle
-import warnings
-
 import pytest
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import moe
-from moe import RouterZLoss, ScoreBias, SquaredDeviation
+from moe import SquaredDeviation
 from moe.errors import RecomputationError
-
-KINDS = {"plain": None, "nonreentrant": False, "reentrant": True}
-CHECKPOINTED = ("nonreentrant", "reentrant")
-
-
-class Model(nn.Module):
-    """A linear layer, a MoE layer and another linear layer, checkpointed as a whole."""
-
-    def __init__(self, kind="plain", **options):
-        super().__init__()
-        torch.manual_seed(0)
-        options = {"balance": (SquaredDeviation(0.1), RouterZLoss(0.01), ScoreBias(0.5))} | options
-        self.first, self.moe, self.last = nn.Linear(8, 8), moe.MoE(8, 16, 6, 2, **options), nn.Linear(8, 8)
-        self.kind, self.noise, self.runs = kind, 0.0, 0
-        self.double()
-
-    def body(self, x, mask=None):
-        self.runs += 1
-        h = self.first(x)
-        if self.runs % 2 == 0:
-            h = h + self.noise  # only the recomputation sees it
-        return self.last(self.moe(h, mask))
-
-    def forward(self, x, mask=None):
-        if self.kind == "plain":
-            return self.body(x, mask)
-        return checkpoint(self.body, x, mask, use_reentrant=KINDS[self.kind])
-
-
-def tokens(num_tokens=40, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_tokens, 8, dtype=torch.float64, generator=generator, requires_grad=True)
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def train_step(model, batches, masks=None):
-    """Accumulate over batches; returns the balance losses, the gradients and the load of the step."""
-    losses = []
-    for batch, mask in zip(batches, masks or [None] * len(batches)):
-        y = model(batch, mask)
-        extra = moe.balance_loss(model)
-        losses.append(extra.item())
-        ((y.square().mean() + extra) / len(batches)).backward()
-    return losses, gradients(model), moe.balance_step(model)["moe"]
+from tests.support.checkpointed import CHECKPOINTED, KINDS, Model, gradients, tokens, train_step
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTED)
@@ -172,6 +121,7 @@ def test_a_reentrant_call_is_closed_by_its_recomputation():
         loss = model(tokens(40, seed)).square().mean() + moe.balance_loss(model)
         assert len(model.moe.calls.open_calls()) == 1
         loss.backward()
+        del loss
         assert not model.moe.calls.any_open
 
 
@@ -247,58 +197,3 @@ def test_calls_do_not_outlive_their_graph():
         assert len(list(model.moe.calls.open_calls())) == 1
         del y
     assert not model.moe.calls.any_open
-
-
-def test_evaluation_keeps_nothing_and_counts_apart():
-    model = Model().eval()
-    with torch.no_grad():
-        model(tokens())
-    assert not model.moe.calls.any_open
-    assert moe.balance_loss(model).item() == 0
-    assert moe.balance_step(model) == {}
-    assert moe.take_evaluation_load(model)["moe"].tokens == 40
-    assert moe.take_evaluation_load(model) == {}
-
-
-@pytest.mark.parametrize("kind", CHECKPOINTED)
-def test_checkpointing_in_evaluation_mode_counts_once(kind):
-    model = Model(kind).eval()
-    model(tokens()).sum().backward()
-    assert moe.take_evaluation_load(model)["moe"].tokens == 40
-
-
-def test_losses_that_nobody_collects_are_reported():
-    model = Model()
-    model(tokens())
-    with pytest.warns(UserWarning, match="1 balance losses of layer 'moe' were never collected"):
-        moe.balance_step(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        moe.balance_step(model)
-
-
-def test_hundreds_of_uncollected_losses_are_reported_and_let_go():
-    layer = moe.MoE(4, 4, 2, 1)
-    for _ in range(256):
-        layer(torch.zeros(1, 4))
-    with pytest.warns(UserWarning, match=r"256 forward passes in training mode without moe\.balance_loss"):
-        layer(torch.zeros(1, 4))
-
-
-def test_a_skipped_step_moves_no_bias():
-    model = Model()
-    train_step(model, [tokens()])
-    before = model.moe.router.score_bias.clone()
-    model(tokens())
-    moe.balance_loss(model)
-    assert moe.balance_step(model, skipped=True)["moe"].tokens == 40
-    assert torch.equal(model.moe.router.score_bias, before)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_layer_with_open_calls_can_be_copied(duplicate):
-    model = Model()
-    y = model(tokens())
-    other = duplicate(model)
-    assert not other.moe.calls.any_open
-    assert torch.equal(other(tokens()), y)
