@@ -1,5 +1,6 @@
 """Options that a layer understands, each member explained, and how a name in a config becomes an object."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
@@ -68,20 +69,48 @@ def make(name: str, spec: str | Mapping[str, Any], registry: Mapping[str, Callab
         near = get_close_matches(key, registry, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{name}={key!r} is unknown; choose one of {', '.join(registry)}{hint}")
+    return construct(f"{name}={key!r}", registry[key], {**fixed, **options})
+
+
+def construct(name: str, builder: Callable[..., Made], options: Mapping[str, Any]) -> Made:
+    """Call a builder with the options of a config.
+
+    Args:
+        name: what the options are of, named in errors.
+        builder: a class or function with named parameters.
+        options: its arguments by name.
+
+    Raises:
+        ConfigError: an option that the builder does not have, or one that it needs and that is missing.
+    """
     try:
-        return registry[key](**fixed, **options)
+        inspect.signature(builder).bind(**options)
     except TypeError as error:
-        raise ConfigError(f"{name}={key!r} does not take these options: {error}") from None
+        raise ConfigError(f"{name} does not take these options: {error}") from None
+    return builder(**options)
 
 
-def require_positive(**values: float) -> None:
-    """Raise a ConfigError that names the first argument that is not above zero."""
+def require_positive(**values: Any) -> None:
+    """Raise a ConfigError that names the first argument that is not a number above zero."""
     for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{name}={value!r} must be a number")
         if not value > 0:
             raise ConfigError(f"{name}={value} must be positive")
 
 
-def require_top_k(top_k: int, num_experts: int) -> None:
+def require_positive_integer(**values: Any) -> None:
+    """Raise a ConfigError that names the first argument that is not a whole number above zero."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name}={value!r} must be a whole number")
+    require_positive(**values)
+
+
+def require_top_k(top_k: Any, num_experts: Any) -> None:
     """Raise a ConfigError unless 1 <= top_k <= num_experts."""
+    require_positive_integer(num_experts=num_experts)
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise ConfigError(f"top_k={top_k!r} must be a whole number")
     if not 1 <= top_k <= num_experts:
         raise ConfigError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moe.balance import BalanceSpec, Call, CallLog, attach, count_tokens, in_backward, make_balance
-from moe.config import DropPolicy, make, option, require_positive
+from moe.config import DropPolicy, make, option, require_positive, require_positive_integer, require_top_k
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.errors import ConfigError, DtypeError, ShapeError
 from moe.experts import FeedForward, GroupedExperts
@@ -76,7 +76,8 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive(dim=dim, hidden_dim=hidden_dim, num_experts=num_experts)
+        require_positive_integer(dim=dim, hidden_dim=hidden_dim)
+        require_top_k(top_k, num_experts)
         if capacity_factor is not None:
             require_positive(capacity_factor=capacity_factor)
         if shared_hidden_dim < 0 or (shared_gate and not shared_hidden_dim):
@@ -87,6 +88,8 @@ class MoE(nn.Module):
         self.capacity_factor, self.drop_policy = capacity_factor, option(DropPolicy, "drop_policy", drop_policy)
         self.balance_losses, self.bias_rule = make_balance(balance)
         at: dict[str, Any] = {"device": device, "dtype": dtype}
+        if not isinstance(router, str | Mapping | Router):
+            raise ConfigError(f"router={router!r} must be a name, a mapping with a name, or a Router")
         if not isinstance(router, Router):
             sizes = {"dim": dim, "num_experts": num_experts, "top_k": top_k, "score_bias": self.bias_rule is not None}
             router = make("router", router, ROUTERS, **sizes, **at)
@@ -103,6 +106,9 @@ class MoE(nn.Module):
     ) -> Float[Tensor, "*batch D"]:
         """Send every token through its experts.
 
+        Waits for the device only in a recomputation (activation checkpointing) while several calls of the same size are
+        open, to tell them apart.
+
         Args:
             x: tokens, floating.
             token_mask: False for padding: no expert, no count, an output of 0 from the routed experts.
@@ -116,38 +122,41 @@ class MoE(nn.Module):
         mask = None if token_mask is None else token_mask.reshape(-1)
         if mask is not None:
             tokens = tokens.where(mask[:, None], 0.0)  # padding may hold anything; a NaN times a gradient of 0 is NaN
-        routing, loss, call = self._route(tokens, mask)
-        dispatched = self.dispatcher.dispatch(tokens, routing)
+        repeated = in_backward() and (self.training or bool(self.calls.open_calls(training=False)))
+        chosen, kept, call = self._replay(tokens, mask) if repeated else self._decide(tokens, mask)
+        loss = self._loss(chosen)
+        dispatched = self.dispatcher.dispatch(tokens, kept)
         y = self.dispatcher.combine(self.experts(dispatched.x, dispatched.routing), dispatched)
         if self.shared is not None:
             y = y + self.shared(tokens)
-        if call is not None:
+        # Counted only now: a call that fails on the way has not happened.
+        if not in_backward():
+            (self.training_load if self.training else self.evaluation_load).count(chosen, kept)
+        if self.training or torch.is_grad_enabled():
+            if not repeated:
+                self.calls.open(call, loss, count_tokens(chosen))
             y = attach(y, loss, call)
         return y.view(x.shape)
 
-    def _route(self, x: Tensor, mask: Tensor | None) -> tuple[Routing, Tensor | None, Call | None]:
-        """Decide and count a call, or replay it: the decision, its balance loss, and the call if it may be repeated."""
-        repeated = in_backward()
-        if repeated and (self.training or self.calls.any_open):
-            return self._replay(x, mask)
-        chosen = self.router(x, mask)
-        kept = chosen
+    def _decide(self, x: Tensor, mask: Tensor | None) -> tuple[Routing, Routing, Call]:
+        """A new decision: as the router made it, after capacity, and what a recomputation needs to know."""
+        chosen = kept = self.router(x, mask)
         if self.capacity_factor is not None:
             kept = limit_capacity(chosen, self.capacity_factor, self.drop_policy)
-        if not repeated:
-            (self.training_load if self.training else self.evaluation_load).count(chosen, kept)
-        if not (self.training or torch.is_grad_enabled()):
-            return kept, None, None
-        loss, call = self._loss(chosen), Call(chosen.expert_ids, kept.expert_ids)
-        self.calls.open(call, loss, count_tokens(chosen))
-        return kept, loss, call
+        return chosen, kept, Call(chosen.expert_ids, kept.expert_ids, chosen.scores, self.training)
 
-    def _replay(self, x: Tensor, mask: Tensor | None) -> tuple[Routing, Tensor | None, Call]:
+    def _replay(self, x: Tensor, mask: Tensor | None) -> tuple[Routing, Routing, Call]:
         """The decision of the call that this one repeats, with scores and weights that carry gradients."""
-        call = self.calls.find(len(x), lambda: self.router(x, mask).expert_ids)
-        chosen = self.router(x, mask, call.chosen)
+        found: list[Call] = []
+
+        def recorded(expert_ids: Tensor, scores: Tensor) -> Tensor:
+            found.append(self.calls.find(expert_ids, scores, self.training))
+            return found[0].chosen
+
+        chosen = self.router(x, mask, recorded)
+        call = found[0]
         kept = chosen if call.kept is call.chosen else chosen.keep(call.kept >= 0)
-        return kept, self._loss(chosen), call
+        return chosen, kept, call
 
     def _loss(self, chosen: Routing) -> Float[Tensor, ""] | None:
         """The sum of the layer's losses with their coefficients; None in evaluation or without any."""
@@ -197,7 +206,6 @@ def balance_loss(model: nn.Module) -> Float[Tensor, ""]:
     return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
 
-@torch.no_grad()
 def balance_step(model: nn.Module, *, skipped: bool = False) -> dict[str, LoadStats]:
     """End an optimizer step: move the selection biases, and return each layer's load of the whole step.
 
@@ -225,7 +233,8 @@ def balance_step(model: nn.Module, *, skipped: bool = False) -> dict[str, LoadSt
         loads[name] = stats
         bias = layer.router.score_bias
         if layer.bias_rule is not None and bias is not None and not skipped:
-            bias.copy_(layer.bias_rule.updated(bias, stats.tokens_per_expert))
+            with torch.no_grad():
+                bias.copy_(layer.bias_rule.updated(bias, stats.tokens_per_expert))
     return loads
 
 

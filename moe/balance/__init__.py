@@ -39,7 +39,7 @@ __all__ = [
 
 _TERMS: Mapping[str, Callable[..., BalanceLoss | ScoreBias]] = {**LOSSES, "score_bias": ScoreBias}
 
-BalanceSpec = Sequence[BalanceLoss | ScoreBias] | Mapping[str, Mapping[str, Any]]
+BalanceSpec = Sequence[BalanceLoss | ScoreBias] | Mapping[str, Mapping[str, Any] | None]
 """Terms, or their names with their options: ``{"squared_deviation": {"coefficient": 0.01}, "score_bias": {}}``."""
 
 
@@ -50,14 +50,24 @@ def make_balance(spec: BalanceSpec) -> tuple[tuple[BalanceLoss, ...], ScoreBias 
         ConfigError: an unknown name, an option a term does not have, two biases.
     """
     if isinstance(spec, Mapping):
-        spec = [make("balance", {"name": name, **(options or {})}, _TERMS) for name, options in spec.items()]
+        spec = [_make_term(name, options) for name, options in spec.items()]
+    elif isinstance(spec, str) or not isinstance(spec, Sequence):
+        raise ConfigError(
+            f"balance={spec!r} must be a mapping of names to options, or a sequence of terms; () for none"
+        )
     biases = [term for term in spec if isinstance(term, ScoreBias)]
     losses = tuple(term for term in spec if not isinstance(term, ScoreBias))
     if len(biases) > 1:
         raise ConfigError(f"balance has {len(biases)} score biases; a layer has one bias, so name one rule for it")
     for term in losses:
-        if not isinstance(term, BalanceLoss):
+        if isinstance(term, type) or not isinstance(term, BalanceLoss):
             raise ConfigError(
                 f"balance={term!r} is neither a ScoreBias nor a loss (a coefficient and a call on a Routing)"
             )
     return losses, biases[0] if biases else None
+
+
+def _make_term(name: str, options: Mapping[str, Any] | None) -> BalanceLoss | ScoreBias:
+    if not isinstance(options, Mapping | None):
+        raise ConfigError(f"balance={name!r} has options {options!r}; they must be a mapping, or null for the defaults")
+    return make("balance", {**(options or {}), "name": name}, _TERMS)

@@ -17,7 +17,7 @@ The balance loss reaches the router in one of two ways:
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -28,7 +28,10 @@ from torch import Tensor
 from moe.errors import RecomputationError
 
 _MAX_OPEN_CALLS = 256
-"""Calls without a graph, or losses that nobody collected, kept before the oldest is given up."""
+"""Calls without a graph that are kept before the oldest is given up."""
+
+_MAX_PENDING = 64
+"""Losses that nobody collected before all are given up: each keeps its forward pass in memory."""
 
 _MIN_AGREEMENT = 0.5
 """A recomputation that agrees with no open call on half of its assignments repeats none of them."""
@@ -38,11 +41,16 @@ _MIN_AGREEMENT = 0.5
 class Call:
     """One forward call: its decision, and the gradient that its loss is owed."""
 
-    def __init__(self, chosen: Int[Tensor, "T K"], kept: Int[Tensor, "T K"]) -> None:
+    def __init__(
+        self, chosen: Int[Tensor, "T K"], kept: Int[Tensor, "T K"], scores: Float[Tensor, "T E"], training: bool
+    ) -> None:
         self.chosen = chosen
         """Expert ids as the router chose them."""
         self.kept = kept
         """Expert ids after capacity; the same tensor where nothing is dropped."""
+        self.chosen_scores = _scores_of(chosen, scores)
+        """``(T, K)``, what the router thought of them; tells calls apart that chose alike."""
+        self.training = training
         self.collected = False
         self.loss_gradient: Tensor | None = None
 
@@ -64,36 +72,34 @@ class CallLog:
         self._with_graph: weakref.WeakSet[Call] = weakref.WeakSet()
         """Each is owned by its graph, and goes when the graph does."""
         self._without_graph: deque[Call] = deque(maxlen=_MAX_OPEN_CALLS)
-        self._pending: deque[PendingLoss] = deque(maxlen=_MAX_OPEN_CALLS)
+        self._pending: deque[PendingLoss] = deque(maxlen=_MAX_PENDING)
 
-    def open_calls(self) -> tuple[Call, ...]:
-        """The calls that could be recomputed, in no order."""
-        return (*self._with_graph, *self._without_graph)
+    def open_calls(self, training: bool = True) -> list[Call]:
+        """The calls in training (or evaluation) mode that could be recomputed, in no order."""
+        return [call for call in (*self._with_graph, *self._without_graph) if call.training == training]
 
-    @property
-    def any_open(self) -> bool:
-        """Whether any call could be recomputed."""
-        return bool(self._with_graph or self._without_graph)
-
-    def find(self, num_tokens: int, choose: Callable[[], Int[Tensor, "T K"]]) -> Call:
+    def find(self, chosen: Int[Tensor, "T K"], scores: Float[Tensor, "T E"], training: bool) -> Call:
         """The open call that a recomputation repeats.
 
         Waits for the device only where several calls of this size are open, as under pipeline parallelism.
 
         Args:
-            num_tokens: T of the recomputation.
-            choose: returns what the recomputation's router would choose; called without gradients, and only if needed.
+            chosen: what the recomputation's router chooses.
+            scores: what it thinks of all experts.
+            training: the layer's mode.
 
         Raises:
             RecomputationError: no open call, or none that agrees.
         """
-        calls = [call for call in self.open_calls() if len(call.chosen) == num_tokens]
+        calls = [call for call in self.open_calls(training) if call.chosen.shape == chosen.shape]
         if not calls:
             raise RecomputationError(
-                f"a backward pass recomputes a call of {num_tokens} tokens that this layer has not made in training "
-                f"mode, made more than {_MAX_OPEN_CALLS} calls ago, or (reentrant checkpointing) has recomputed before"
+                f"a backward pass recomputes a call of {len(chosen)} tokens that this layer has no record of: "
+                "moe.balance_step was called before backward(), or the layer was in another mode then, or under "
+                "reentrant "
+                f"checkpointing a graph is run backward twice or more than {_MAX_OPEN_CALLS} calls are waiting"
             )
-        call = calls[0] if len(calls) == 1 else _best_match(calls, choose)
+        call = calls[0] if len(calls) == 1 else _best_match(calls, chosen, scores)
         if torch.is_grad_enabled() and call in self._without_graph:
             # From now on it lives as long as the graph that this recomputation builds: a region inside a region may be
             # recomputed once more. (Without gradients, this is such a region's own first pass.)
@@ -109,9 +115,9 @@ class CallLog:
             self._without_graph.append(call)
         if loss is None:
             return
-        if len(self._pending) == _MAX_OPEN_CALLS:
+        if len(self._pending) == _MAX_PENDING:
             warnings.warn(
-                f"{_MAX_OPEN_CALLS} forward passes in training mode without moe.balance_loss(model): their balance "
+                f"{_MAX_PENDING} forward passes in training mode without moe.balance_loss(model): their balance "
                 "losses are discarded and balance nothing. Add it to the training loss, or make MoE with balance=()",
                 stacklevel=4,
             )
@@ -155,19 +161,23 @@ def attach(y: Float[Tensor, "T D"], loss: Float[Tensor, ""] | None, call: Call) 
     return attached
 
 
-def _best_match(calls: Sequence[Call], choose: Callable[[], Int[Tensor, "T K"]]) -> Call:
-    """The call whose decision agrees best with what the recomputation would choose; waits for the device."""
-    with torch.no_grad():
-        chosen = choose()
-    agreement = torch.stack([(call.chosen == chosen).double().mean() for call in calls]).tolist()
-    best = max(range(len(calls)), key=agreement.__getitem__)
-    if agreement[best] < _MIN_AGREEMENT:
+def _best_match(calls: Sequence[Call], chosen: Int[Tensor, "T K"], scores: Float[Tensor, "T E"]) -> Call:
+    """The call that decided most alike, and of those the one whose scores are nearest; waits for the device."""
+    agreement = torch.stack([(call.chosen == chosen).double().mean() for call in calls])
+    distance = torch.stack([(_scores_of(call.chosen, scores) - call.chosen_scores).abs().mean() for call in calls])
+    order = list(zip(agreement.tolist(), (-distance).tolist()))
+    best = max(range(len(calls)), key=order.__getitem__)
+    if order[best][0] < _MIN_AGREEMENT:
         raise RecomputationError(
             f"a backward pass recomputes one of {len(calls)} open calls of this layer, but its decisions agree with "
-            f"none of them (best: {agreement[best]:.0%} of the assignments); use torch.utils.checkpoint with "
+            f"none of them (best: {order[best][0]:.0%} of the assignments); use torch.utils.checkpoint with "
             "preserve_rng_state=True, or run backward after each forward"
         )
     return calls[best]
+
+
+def _scores_of(chosen: Int[Tensor, "T K"], scores: Float[Tensor, "T E"]) -> Float[Tensor, "T K"]:
+    return scores.detach().gather(1, chosen.clamp(min=0).long())
 
 
 def _collect(pending: PendingLoss) -> Float[Tensor, ""]:
@@ -200,7 +210,8 @@ class _Attach(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, _loss: Tensor | None, call: Call) -> Tensor:
         ctx.call = call
         ctx.recomputed = in_backward()
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # y itself and not a view of it, which nobody could change in place
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:

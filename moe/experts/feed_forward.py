@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.config import Activation, option, require_positive
+from moe.config import Activation, option, require_positive_integer
 from moe.experts.activation import activate
 from moe.init import fan_in_normal_
 
@@ -36,7 +36,7 @@ class FeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive(dim=dim, hidden_dim=hidden_dim)
+        require_positive_integer(dim=dim, hidden_dim=hidden_dim)
         self.activation = option(Activation, "activation", activation)
         up_dim = hidden_dim * (2 if self.activation.is_gated else 1)
         self.up = nn.Linear(dim, up_dim, bias=bias, device=device, dtype=dtype)

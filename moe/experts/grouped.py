@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moe.config import Activation, option, require_positive
+from moe.config import Activation, option, require_positive_integer
 from moe.errors import DtypeError
 from moe.experts.activation import activate
 from moe.init import fan_in_normal_
@@ -49,7 +49,7 @@ class GroupedExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
+        require_positive_integer(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
         self.activation = option(Activation, "activation", activation)
         up_dim = hidden_dim * (2 if self.activation.is_gated else 1)
 
@@ -90,7 +90,7 @@ class GroupedExperts(nn.Module):
     def _in_one_dtype(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The tokens and the parameters, cast where autocast asks for it."""
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(device)
         elif x.dtype == self.up_weight.dtype:
             dtype = x.dtype

@@ -33,6 +33,10 @@ class LoadStats:
     def __add__(self, other: "LoadStats") -> "LoadStats":
         return LoadStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    def to(self, device: torch.device) -> "LoadStats":
+        """The same counts on a device."""
+        return LoadStats(*(getattr(self, f.name).to(device) for f in fields(self)))
+
     @property
     def load(self) -> Float[Tensor, " E"]:
         """Share of the assignments, sums to 1 (0 everywhere before the first token)."""
@@ -84,7 +88,13 @@ class LoadStats:
 
     def to_numbers(self) -> dict[str, Any]:
         """The counts as plain numbers and lists, for a checkpoint; waits for the device."""
-        return {f.name: getattr(self, f.name).tolist() for f in fields(self)}
+        *counts, dropped, tokens = torch.cat([self.tokens_per_expert, self.dropped[None], self.tokens[None]]).tolist()
+        return {
+            "tokens_per_expert": counts,
+            "dropped": dropped,
+            "tokens": tokens,
+            "top_score_sum": self.top_score_sum.item(),
+        }
 
     @classmethod
     def from_numbers(cls, numbers: Mapping[str, Any], device: torch.device) -> "LoadStats":
@@ -110,12 +120,20 @@ class LoadCounter:
             kept: the same after capacity.
         """
         stats = count_load(chosen, kept)
-        self._stats = stats if self._stats is None else self._stats + stats
+        self._stats = stats if self._stats is None else self._stats.to(stats.tokens.device) + stats
 
     def take(self) -> LoadStats | None:
         """What was counted since the last time, None if nothing; starts again from zero."""
         stats, self._stats = self._stats, None
         return stats
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LoadCounter":
+        """A copied layer has counted nothing yet."""
+        return LoadCounter()
+
+    def __reduce__(self) -> tuple[type["LoadCounter"], tuple[()]]:
+        """An unpickled layer has counted nothing yet."""
+        return LoadCounter, ()
 
 
 @torch.no_grad()
@@ -123,7 +141,7 @@ def count_load(chosen: Routing, kept: Routing) -> LoadStats:
     """The load of one decision."""
     counts = chosen.tokens_per_expert()
     dropped = torch.zeros_like(counts[0]) if kept is chosen else counts.sum() - kept.tokens_per_expert().sum()
-    top = chosen.scores.amax(-1) if chosen.num_experts else chosen.scores.new_zeros(len(chosen.scores))
+    top = chosen.scores.amax(-1)
     if chosen.token_mask is None:
         tokens = torch.full_like(counts[0], len(top))
     else:
@@ -139,7 +157,9 @@ def max_violation(tokens_per_expert: Int[Tensor, " E"]) -> Float[Tensor, ""]:
 
 
 def max_violation_floor(num_experts: int, tokens_per_expert: float) -> float:
-    """MaxVio that a perfectly balanced random router shows by chance: about ``sqrt(2 ln E / n)``.
+    """About the MaxVio that a perfectly balanced random router shows by chance: ``sqrt(2 ln E / n)``.
+
+    The mean of it over such routers is 0.7 to 0.9 of this for E of 16 to 64: what is below tells nothing.
 
     Args:
         num_experts: E.

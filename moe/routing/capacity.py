@@ -3,6 +3,8 @@
 Nothing here waits for the device: the capacity is a number on it, and a dropped assignment is an id of -1.
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from moe.config import DropPolicy
 from moe.kernels.plan import make_plan
 from moe.types import Routing
+
+_NOISE = 1e-6
 
 
 def limit_capacity(routing: Routing, capacity_factor: float, policy: DropPolicy) -> Routing:
@@ -26,14 +30,15 @@ def limit_capacity(routing: Routing, capacity_factor: float, policy: DropPolicy)
     Returns:
         The same decision with the dropped assignments set to -1.
 
-    Source: GShard (arXiv 2006.16668, section 3.1) and Switch Transformer (arXiv 2101.03961, equation 3) for the
+    Source: GShard (arXiv 2006.16668, section 2.2) and Switch Transformer (arXiv 2101.03961, equation 3) for the
     capacity.
     """
     num_tokens, top_k = routing.expert_ids.shape
-    counted = num_tokens if routing.token_mask is None else routing.token_mask.sum()
-    shared = torch.as_tensor(counted, dtype=torch.float64, device=routing.expert_ids.device)
+    share = capacity_factor * top_k / routing.num_experts
     # 0.1 * 3 / 3 * 10 is a little above 1 in binary; such noise must not buy a place.
-    capacity = (capacity_factor * top_k * shared / routing.num_experts - 1e-6).ceil()
+    capacity: float | Tensor = math.ceil(num_tokens * share - _NOISE)
+    if routing.token_mask is not None:
+        capacity = (routing.token_mask.sum().double() * share - _NOISE).ceil()
     if policy is DropPolicy.POSITION:
         rank = rank_in_expert(routing.expert_ids, routing.num_experts)
     else:

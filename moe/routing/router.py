@@ -5,23 +5,28 @@ Sizes: T tokens, D dim, E experts, K experts per token.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moe.config import require_positive, require_top_k
+from moe.config import require_positive, require_positive_integer, require_top_k
 from moe.errors import ConfigError
 from moe.init import fan_in_normal_
 from moe.types import Routing
+
+Replay = Callable[[Tensor, Tensor], Tensor]
+"""From the ids ``(T, K)`` and scores ``(T, E)`` of a repeated decision to the ids of the first one."""
 
 
 class Router(nn.Module, ABC):
     """A linear map from tokens to experts, and a decision made from its logits.
 
     Logits, scores, selection and weights are computed in float32 whatever the dtype of the layer or of autocast, since
-    a bfloat16 logit has 8 bits and flips decisions between near experts. (In a float64 layer all of it is float64.)
+    a bfloat16 logit has 8 bits and flips decisions between near experts. (In a float64 layer all of it is float64. On
+    a GPU, ``torch.set_float32_matmul_precision`` below "highest" lets PyTorch compute the logits' product in TF32.)
 
     Ties go to the expert with the lower id, so that a decision does not depend on the device.
 
@@ -31,7 +36,7 @@ class Router(nn.Module, ABC):
         top_k: K.
         normalize: divide a token's kept scores by their sum. None means "where K > 1": with one expert the weight would
             always be 1, and the router would get no gradient from the model's loss.
-        scale: factor on the weights (DeepSeek-V3's ``routed_scaling_factor``, arXiv 2412.19437, section 2.1.2).
+        scale: factor on the weights (``routed_scaling_factor`` in DeepSeek's models).
         score_bias: keep a bias per expert that is added to the scores for *selection* only (arXiv 2408.15664). It is a
             buffer, stays float32 under any ``.to(dtype)``, and is moved by ``moe.balance_step``.
 
@@ -61,7 +66,8 @@ class Router(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_positive(dim=dim, num_experts=num_experts, scale=scale)
+        require_positive_integer(dim=dim)
+        require_positive(scale=scale)
         require_top_k(top_k, num_experts)
         if normalize and top_k == 1:
             raise ConfigError(
@@ -89,32 +95,38 @@ class Router(nn.Module, ABC):
         self,
         x: Float[Tensor, "T D"],
         token_mask: Bool[Tensor, " T"] | None = None,
-        expert_ids: Int[Tensor, "T K"] | None = None,
+        replay: Replay | None = None,
     ) -> Routing:
         """Decide where each token goes.
 
         Args:
             x: tokens, any floating dtype.
             token_mask: False for padding, which gets no expert and is counted nowhere. None: all tokens count.
-            expert_ids: a decision made earlier, to be replayed rather than made anew; scores and weights are computed
-                from ``x`` all the same, so that gradients flow.
+            replay: called with the ids and scores of this decision, without gradients; returns the ids of a decision
+                made earlier, which stand instead. Scores and weights are those of ``x`` all the same, so that gradients
+                flow; and a router that draws random numbers draws them as it did then.
 
         Returns:
             The decision; gradients flow through ``weights``, ``scores`` and ``logits``.
         """
         logits = self.logits(x)
         scores = self.score(logits)
-        if expert_ids is None:
-            expert_ids = self.select(logits.detach(), scores.detach())
-            if token_mask is not None:
-                expert_ids = expert_ids.masked_fill(~token_mask[:, None], -1)
-        weights = self.weigh(scores, expert_ids)
-        return Routing(expert_ids, weights, scores, logits, token_mask)
+        expert_ids = self.select(logits.detach(), scores.detach())
+        if token_mask is not None:
+            expert_ids = expert_ids.masked_fill(~token_mask[:, None], -1)
+        if replay is not None:
+            expert_ids = replay(expert_ids, scores.detach())
+        return Routing(expert_ids, self.weigh(scores, expert_ids), scores, logits, token_mask)
 
     def logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """Router outputs in float32 (float64 for float64 tokens), outside any autocast."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        # Not every device knows autocast (meta does not).
+        autocast_off = (
+            torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        )
+        with autocast_off:
             return nn.functional.linear(x.to(dtype), self.weight.to(dtype))
 
     def select(self, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"]) -> Int[Tensor, "T K"]:
@@ -145,6 +157,12 @@ class Router(nn.Module, ABC):
             same = torch.empty_like(after, dtype=torch.float32) if before.is_meta else before.to(after.device)
             self.score_bias = same
         return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """Load as any module does; a bias that comes in another dtype (``assign=True``) becomes float32 again."""
+        super()._load_from_state_dict(*args, **options)
+        if self.score_bias is not None:
+            self.score_bias = self.score_bias.float()
 
     def extra_repr(self) -> str:
         """Options in the module's printed form."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, final
+from typing import final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -49,10 +50,20 @@ class SwitchRouter(Router):
 
     selects_by_score = True
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 1, **options: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        scale: float = 1.0,
+        score_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if top_k != 1:
             raise ConfigError(f"the router 'switch' sends each token to one expert, but top_k={top_k}; set top_k=1")
-        super().__init__(dim, num_experts, top_k, **options)
+        super().__init__(dim, num_experts, top_k, scale=scale, score_bias=score_bias, device=device, dtype=dtype)
 
     def score(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """Softmax over experts."""

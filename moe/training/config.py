@@ -6,7 +6,7 @@ from typing import final
 
 import torch
 
-from moe.config import option, require_positive
+from moe.config import option, require_positive, require_positive_integer
 from moe.errors import ConfigError
 
 
@@ -74,11 +74,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         option(Precision, "precision", self.precision)
-        names = (
-            *("steps", "batch_size", "seq_len", "accumulation", "clip_norm", "log_every", "eval_every", "eval_windows"),
+        require_positive(clip_norm=self.clip_norm)
+        whole = (
+            *("steps", "batch_size", "seq_len", "accumulation", "log_every", "eval_every", "eval_windows"),
             *("checkpoint_every", "keep_checkpoints", "max_skipped", "pool_steps"),
         )
-        require_positive(**{name: getattr(self, name) for name in names})
+        require_positive_integer(**{name: getattr(self, name) for name in whole})
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed={self.seed!r} must be a whole number")
 
     @property
     def tokens_per_step(self) -> int:
@@ -90,6 +93,50 @@ class TrainConfig:
         if self.precision == Precision.AUTO:
             return torch.bfloat16 if multiplies_bfloat16(device) else None
         return torch.bfloat16 if self.precision == Precision.BFLOAT16 else None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run lies, what it runs on, and what it is asked to write at the end.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of its range.
+    """
+
+    name: str | None = None
+    """The run's folder below ``root``; None is the date and time."""
+
+    root: str = "runs"
+    """The folder of all runs."""
+
+    device: str = "auto"
+    """A device of torch; ``auto`` is a GPU where there is one."""
+
+    threads: int | None = None
+    """Of the CPU; None leaves PyTorch's choice."""
+
+    prompt: str = ""
+    """What the trained model is asked to continue."""
+
+    sample_tokens: int = 200
+    """How many tokens it may add; 0 for no sample."""
+
+    def __post_init__(self) -> None:
+        for name in ("root", "device", "prompt"):
+            require_text(name, getattr(self, name))
+        if self.name is not None:
+            require_text("name", self.name)
+        if self.threads is not None:
+            require_positive_integer(threads=self.threads)
+        if isinstance(self.sample_tokens, bool) or not isinstance(self.sample_tokens, int) or self.sample_tokens < 0:
+            raise ConfigError(f"sample_tokens={self.sample_tokens!r} must be a whole number, 0 or more")
+
+
+def require_text(name: str, value: object) -> None:
+    """Raise a ConfigError unless a setting is text; a number in YAML is not, unless it is quoted."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{name}={value!r} must be text; put it in quotes")
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """A wish to stop, noted now and granted at the end of the step."""
 
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any, final
@@ -35,6 +36,7 @@ class StopRequest:
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.requested = True
+        print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
         self._restore()
 
     def _restore(self) -> None:

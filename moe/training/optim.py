@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from moe.config import require_positive
+from moe.errors import ConfigError
 
 
 def make_optimizer(
@@ -26,12 +27,20 @@ def make_optimizer(
         eps: added to the root of the second moment.
 
     Raises:
-        ConfigError: ``peak`` or ``eps`` is not positive.
+        ConfigError: ``peak`` or ``eps`` is not positive, ``weight_decay`` is negative, ``betas`` are not two numbers
+            below 1.
 
     Source: Loshchilov & Hutter 2017, arXiv:1711.05101.
     """
     require_positive(peak=peak, eps=eps)
-    first, second = betas
+    if not (isinstance(weight_decay, int | float) and weight_decay >= 0):
+        raise ConfigError(f"weight_decay={weight_decay!r} must be a number, 0 or more")
+    try:
+        first, second = betas
+    except (TypeError, ValueError):
+        raise ConfigError(f"betas={betas!r} must be two numbers") from None
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise ConfigError(f"betas={betas!r} must be at least 0 and below 1")
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

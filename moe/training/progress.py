@@ -66,7 +66,7 @@ class Progress:
             values: keys of ``metrics.jsonl`` measured at this step, if any; the latest of each is shown.
         """
         self._step = step
-        self._latest.update(values or {})
+        self._latest = {**self._latest, **(values or {})}  # a new one: the display's thread may be reading the old
         self._updates += 1
         if self._live is None and (self._updates % self._plain_every == 0 or step >= self._total):
             line = " · ".join([f"step {self._step}/{self._total}", *self._measures(), self._times()])

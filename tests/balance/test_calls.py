@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import moe
 from moe import SquaredDeviation
 from moe.errors import RecomputationError
+from moe.routing import SoftmaxRouter
 from tests.support.checkpointed import CHECKPOINTED, KINDS, Model, gradients, tokens, train_step
 
 
@@ -122,7 +124,7 @@ def test_a_reentrant_call_is_closed_by_its_recomputation():
         assert len(model.moe.calls.open_calls()) == 1
         loss.backward()
         del loss
-        assert not model.moe.calls.any_open
+        assert not model.moe.calls.open_calls()
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTED)
@@ -176,7 +178,10 @@ def test_a_call_that_was_never_made_is_noticed():
     model = Model("reentrant")
     y = model(tokens())
     model.moe.calls.end_step()  # as if the step had ended before its backward pass
-    with pytest.raises(RecomputationError, match="recomputes a call of 40 tokens that this layer has not made"):
+    with pytest.raises(
+        RecomputationError,
+        match=r"recomputes a call of 40 tokens that this layer has no record of: moe.balance_step was called before",
+    ):
         y.sum().backward()
 
 
@@ -194,6 +199,57 @@ def test_calls_do_not_outlive_their_graph():
     for _ in range(3):
         y = model(tokens())
         moe.balance_loss(model)
-        assert len(list(model.moe.calls.open_calls())) == 1
+        assert len(model.moe.calls.open_calls()) == 1
         del y
-    assert not model.moe.calls.any_open
+    assert not model.moe.calls.open_calls()
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_calls_that_chose_alike_and_dropped_differently_are_told_apart(kind):
+    """A collapsed router: every call sends all tokens to expert 0, and its capacity keeps other tokens each time."""
+    options = {"capacity_factor": 0.5, "balance": ()}
+    plain, model = Model(**options), Model(kind, **options)
+    for m in (plain, model):
+        with torch.no_grad():
+            m.moe.router.weight.zero_()
+            m.moe.router.weight[0] = 0.01
+            m.first.bias.fill_(3.0)
+    batches = [tokens(30, seed) for seed in range(4)]
+    found = [batch.detach().clone().requires_grad_() for batch in batches]
+    sum(plain(batch).square().sum() for batch in batches).backward()
+    sum(model(batch).square().sum() for batch in found).backward()
+    for mine, theirs in zip(found, batches):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_a_recomputation_in_evaluation_takes_no_call_of_training():
+    layer, other = moe.MoE(8, 16, 6, 2).double(), tokens(40, 2)
+    expected = torch.autograd.grad(layer.eval()(other).square().sum(), other)[0]
+    layer.train()
+    still_open = layer(tokens(40, 1))
+    layer.eval()
+    found = torch.autograd.grad(checkpoint(layer, other, use_reentrant=False).square().sum(), other)[0]
+    assert torch.equal(found, expected)
+    checkpoint(layer, other, use_reentrant=True).square().sum().backward()
+    assert torch.equal(other.grad, expected)
+    del still_open
+
+
+class NoisyRouter(SoftmaxRouter):
+    """Selects with noise, so that it draws random numbers."""
+
+    def select(self, logits, scores):
+        return super().select(logits + torch.randn_like(logits), scores)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_a_router_that_draws_random_numbers_draws_them_once_in_each_run(kind):
+    """Else what follows it in the region would get other ones when it is run again."""
+    layer, dropout, x = moe.MoE(8, 16, 6, 2, router=NoisyRouter(8, 6, 2)).double(), nn.Dropout(0.5), tokens()
+    region = lambda x: dropout(layer(x)).square().sum()  # noqa: E731
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(region(x), x)[0]
+    moe.balance_loss(layer)
+    torch.manual_seed(1)
+    checkpoint(region, x, use_reentrant=KINDS[kind]).backward()
+    assert torch.equal(x.grad, expected)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moe
+from moe.errors import DtypeError
 from tests.support.checkpointed import CHECKPOINTED, Model, tokens, train_step
 
 
@@ -15,7 +16,7 @@ def test_evaluation_keeps_nothing_and_counts_apart():
     model = Model().eval()
     with torch.no_grad():
         model(tokens())
-    assert not model.moe.calls.any_open
+    assert not model.moe.calls.open_calls()
     assert moe.balance_loss(model).item() == 0
     assert moe.balance_step(model) == {}
     assert moe.take_evaluation_load(model)["moe"].tokens == 40
@@ -41,9 +42,9 @@ def test_losses_that_nobody_collects_are_reported():
 
 def test_hundreds_of_uncollected_losses_are_reported_and_let_go():
     layer = moe.MoE(4, 4, 2, 1)
-    for _ in range(256):
+    for _ in range(64):
         layer(torch.zeros(1, 4))
-    with pytest.warns(UserWarning, match=r"256 forward passes in training mode without moe\.balance_loss"):
+    with pytest.warns(UserWarning, match=r"64 forward passes in training mode without moe\.balance_loss"):
         layer(torch.zeros(1, 4))
 
 
@@ -62,7 +63,8 @@ def test_a_layer_with_open_calls_can_be_copied(duplicate):
     model = Model()
     y = model(tokens())
     other = duplicate(model)
-    assert not other.moe.calls.any_open
+    assert not other.moe.calls.open_calls()
+    assert moe.balance_step(other) == {}
     assert torch.equal(other(tokens()), y)
 
 
@@ -80,3 +82,25 @@ def test_the_bias_moves_by_the_counts_of_the_whole_step():
         layer(batch)
     moe.balance_step(layer)
     assert layer.router.score_bias.tolist() == [-0.5, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_call_that_fails_on_the_way_has_not_happened(monkeypatch, dtype):
+    """Out of memory in the experts, or tokens of the wrong dtype: the retry is counted, the failure is not."""
+    model = Model(balance=[moe.SquaredDeviation(0.1)])
+    if dtype == torch.float64:
+
+        def fail(*_):
+            raise torch.OutOfMemoryError("planted")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.moe.experts, "forward", fail)
+            with pytest.raises(torch.OutOfMemoryError):
+                model(tokens())
+    else:
+        with pytest.raises(DtypeError):
+            model.moe(torch.randn(40, 8))
+    model(tokens())
+    once = moe.balance_loss(model)
+    assert moe.balance_step(model)["moe"].tokens == 40
+    torch.testing.assert_close(once, Model(balance=[moe.SquaredDeviation(0.1)]).loss_of(tokens()))

@@ -44,6 +44,15 @@ def test_padding_takes_no_room_and_does_not_raise_the_capacity():
     assert kept.expert_ids.flatten().tolist() == [-1, 1, -1, 1, -1, -1, -1, -1]
 
 
+def test_noise_in_the_product_buys_no_place():
+    """0.1 * 3 / 3 * 10 is 1 + 2e-16 in floating point; by hand it is 1."""
+    ids = torch.arange(3, dtype=torch.int32).repeat(10, 1)
+    scores = torch.rand(10, 3)
+    for mask in (None, torch.ones(10, dtype=torch.bool)):
+        kept = limit_capacity(Routing(ids, torch.ones(10, 3), scores, scores, mask), 0.1, DropPolicy.POSITION)
+        assert (kept.expert_ids >= 0).sum(0).tolist() == [1, 1, 1]
+
+
 def test_capacity_rounds_up():
     # 5 tokens over 4 experts at 1.0: 1.25, so 2.
     kept = limit_capacity(decision([[2]] * 5), 1.0, DropPolicy.POSITION)

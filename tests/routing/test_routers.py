@@ -183,7 +183,7 @@ def test_a_replayed_decision_is_kept_and_its_weights_carry_gradients(name):
     router = make(name)
     x, ids = torch.randn(6, 16), torch.randint(0, 8, (6, 1 if name == "switch" else 2), dtype=torch.int32)
     ids[0] = -1
-    routing = router(x, expert_ids=ids)
+    routing = router(x, replay=lambda *_: ids)
     assert torch.equal(routing.expert_ids, ids)
     assert (routing.weights[0] == 0).all()
     routing.weights[1:].square().sum().backward()
@@ -244,3 +244,15 @@ def test_one_expert_a_token_is_weighted_by_its_score_so_that_the_router_learns()
     assert (routing.weights < 1).all()
     routing.weights.sum().backward()
     assert router.weight.grad.norm() > 1e-3
+
+
+def test_score_bias_is_float32_after_assignment_from_a_lower_precision():
+    router = make("sigmoid", score_bias=True)
+    state = {name: value.bfloat16() for name, value in router.state_dict().items()}
+    router.load_state_dict(state, assign=True)
+    assert router.score_bias.dtype == torch.float32
+
+
+def test_routes_on_meta_tensors():
+    router = SoftmaxRouter(16, 8, 2, device="meta")
+    assert router(torch.empty(5, 16, device="meta")).expert_ids.shape == (5, 2)

@@ -29,6 +29,11 @@ class Model(nn.Module):
             h = h + self.noise  # only the recomputation sees it
         return self.last(self.moe(h, mask))
 
+    def loss_of(self, x):
+        """The balance loss of one forward pass."""
+        self(x)
+        return moe.balance_loss(self)
+
     def forward(self, x, mask=None):
         if self.kind == "plain":
             return self.body(x, mask)

@@ -16,6 +16,18 @@ from moe.training.launch import launch
 from moe.training.trainer import Status
 from tests.support.runs import at_step, lines_of
 
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """Python's own handlers, also where the tests run in the background, which ignores Ctrl-C."""
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
 KILLED = """
 import json, os, signal, sys
 from moe.training.launch import launch

@@ -2,6 +2,7 @@ import json
 import math
 import re
 import runpy
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -198,6 +199,13 @@ def test_reference_lines_are_named(run: RunFolder) -> None:
     assert "gzip -9 2.25" in figure
 
 
+def run_report() -> None:
+    """``python -m moe.training.report``, whether or not another test has imported that module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "moe.training.report.__main__", raising=False)
+        runpy.run_module("moe.training.report", run_name="__main__")
+
+
 def test_the_page_can_be_made_again_from_the_folder_alone(
     run: RunFolder, page: Page, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,7 +213,7 @@ def test_the_page_can_be_made_again_from_the_folder_alone(
     run.report.unlink()
     monkeypatch.setattr("sys.argv", ["report", str(run.path)])
     with pytest.raises(SystemExit, match=r"^0$"):
-        runpy.run_module("moe.training.report", run_name="__main__")
+        run_report()
     assert capsys.readouterr().out.strip() == str(run.report)
     assert run.report.read_bytes() == before
 
@@ -215,7 +223,7 @@ def test_a_folder_that_is_no_run(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"^2$"):
-        runpy.run_module("moe.training.report", run_name="__main__")
+        run_report()
     assert "is not a run folder: it has no metrics.jsonl" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
