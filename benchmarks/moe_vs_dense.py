@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 from moe.training.launch import launch
 from moe.training.metrics import read_metrics
+from moe.training.trainer import Status
 
 HERE = Path(__file__).resolve().parent
 MOE, DENSE, DENSE_LONGER = "MoE", "dense, same tokens", "dense, same time"
@@ -51,12 +52,14 @@ def train(model: str, config: str, seed: int, overrides: Sequence[str]) -> Resul
         chosen = compose("config", overrides=[f"model={config}", *overrides, f"run.seed={seed}", "run.name=null"])
     settings: Any = OmegaConf.to_container(chosen, resolve=True)
     run = launch(settings)
+    if run.outcome.status is not Status.FINISHED or run.outcome.evaluation is None:
+        sys.exit(f"the run in {run.folder.path} is {run.outcome.status}, not finished: no result")
     lines = [line for line in read_metrics(run.folder.metrics) if "val/bits_per_byte" in line]
     curve: list[Any] = [(line["tokens"], line["seconds"], line["val/bits_per_byte"]) for line in lines]
     steps = settings["run"]["steps"]
-    tokens, bits = curve[-1][0], run.evaluation.bits_per_byte
+    tokens, bits = curve[-1][0], run.outcome.evaluation.bits_per_byte
     sizes = run.model.num_parameters(), run.model.num_active_parameters()
-    return Result(model, seed, steps, *sizes, tokens, run.seconds, bits, curve)
+    return Result(model, seed, steps, *sizes, tokens, run.outcome.seconds, bits, curve)
 
 
 def compare(seed: int, overrides: Sequence[str]) -> list[Result]:
@@ -104,8 +107,11 @@ def main(arguments: Sequence[str]) -> None:
     chosen = next((a.removeprefix("seeds=") for a in arguments if a.startswith("seeds=")), "[0,1,2]")
     seeds = [int(seed) for seed in chosen.strip("[]").split(",")]
     overrides = ["run.root=runs/moe_vs_dense", *(a for a in arguments if not a.startswith("seeds="))]
-    results = [r for seed in seeds for r in compare(seed, overrides)]
     stem = HERE / "results" / f"moe_vs_dense_{platform.machine()}_{torch.get_num_threads()}cores_{date.today()}"
+    stem.parent.mkdir(exist_ok=True)
+    if stem.with_suffix(".md").exists():
+        sys.exit(f"{stem.with_suffix('.md')} exists; move it away, results are not overwritten")
+    results = [r for seed in seeds for r in compare(seed, overrides)]
     plot(results, stem.with_suffix(".svg"))
     text = [
         "# A mixture of experts against a dense model",

@@ -31,7 +31,8 @@ def main(config: DictConfig) -> None:
         run = launch(settings)
     except MoEError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    print(f"\n{run.status}: {run.evaluation.bits_per_byte:.3f} bits per byte on held-out text")
+    found = run.outcome.evaluation
+    print(f"\n{run.outcome.status}" + (f": {found.bits_per_byte:.3f} bits per byte on held-out text" if found else ""))
     print(f"run:    {run.folder.path}")
     print(f"report: {run.folder.report}")
 

@@ -1,8 +1,9 @@
 """From the settings of a run, as plain data, to a trained model and the folder it leaves."""
 
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, final
@@ -10,22 +11,19 @@ from typing import Any, final
 import torch
 import yaml
 
-from moe.errors import ConfigError, MoEError
+from moe.config import construct
+from moe.errors import ConfigError, DataError, MoEError
 from moe.models import Decoder, DecoderConfig, generate
-from moe.training.config import TrainConfig, pick_device
+from moe.training.config import RunOptions, TrainConfig, pick_device
 from moe.training.data import PreparedData, prepare
-from moe.training.evaluate import Evaluation
 from moe.training.optim import make_optimizer
 from moe.training.report import RunSummary, write_report
 from moe.training.run_folder import RunFolder
 from moe.training.schedule import Schedule
-from moe.training.trainer import Status, Trainer
+from moe.training.trainer import Outcome, Trainer
 
 _PACKAGES = ("moe-torch", "torch", "numpy")
 """Whose versions a report names."""
-
-_NOT_TRAINING = ("name", "root", "device", "threads", "prompt", "sample_tokens")
-"""Settings of ``run`` that are not the trainer's."""
 
 Settings = Mapping[str, Any]
 """``model``, ``balance``, ``data``, ``tokenizer``, ``optim``, ``run`` and ``resume``; see examples/conf."""
@@ -37,11 +35,8 @@ class Run:
     """A run that has ended."""
 
     folder: RunFolder
-    status: Status
     model: Decoder
-    evaluation: Evaluation
-    seconds: float
-    """Time spent in training."""
+    outcome: Outcome
 
 
 def launch(settings: Settings) -> Run:
@@ -55,32 +50,57 @@ def launch(settings: Settings) -> Run:
         CheckpointError: what is to be resumed does not fit the settings.
         TrainingError: the run was stopped; its folder and report are whole.
     """
-    run = settings["run"]
-    config = TrainConfig(**{name: value for name, value in run.items() if name not in _NOT_TRAINING})
-    schedule = Schedule(total_steps=config.steps, peak=settings["optim"]["peak"], **settings["optim"]["schedule"])
-    device = pick_device(run["device"])
-    if run["threads"] is not None:
-        torch.set_num_threads(run["threads"])
-    folder_resume = _resumable(settings["resume"], Path(run["root"]), run["name"])
-    data = prepare(**settings["data"], **settings["tokenizer"])
+    config, options = _split_run(settings["run"])
+    optim = settings["optim"]
+    schedule = construct("optim", Schedule, {"total_steps": config.steps, "peak": optim["peak"], **optim["schedule"]})
+    device = pick_device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    name = _resumable(settings["resume"], Path(options.root), options.name)
+    data = construct("data and tokenizer", prepare, {**settings["data"], **settings["tokenizer"]})
+    prompt = _check_text(data, config, options)
     torch.manual_seed(config.seed)
     model = make_model(settings, data.tokenizer.vocab_size, config.seq_len).to(device)
-    optimizer = make_optimizer(model, peak=settings["optim"]["peak"], **settings["optim"]["adamw"])
-    name = run["name"] if folder_resume is None else folder_resume.name
-    folder = RunFolder.open(Path(run["root"]), name, resume=folder_resume is not None)
+    optimizer = construct("optim.adamw", make_optimizer, {"model": model, "peak": optim["peak"], **optim["adamw"]})
+    resume = settings["resume"] == "auto"
+    folder = RunFolder.open(Path(options.root), name, resume=resume)
     trainer = Trainer(model, optimizer, schedule, data, config, folder)
-    if folder_resume is not None:
+    if resume:
         trainer.resume()
     folder.write_config(yaml.safe_dump(dict(settings), sort_keys=False))
     summary = _summary(model, data, config, device)
     try:
-        status = trainer.run()
+        outcome = trainer.run()
     except MoEError:
-        write_report(folder, summary)  # a run that was stopped leaves its report too
+        with suppress(MoEError, OSError):  # what stopped the run is what the user must read
+            write_report(folder, summary)
         raise
-    text = sample(model, data, run["prompt"], run["sample_tokens"])
-    write_report(folder, replace(summary, prompt=run["prompt"], sample=text))
-    return Run(folder, status, model, trainer.evaluate(), trainer.seconds)
+    text = sample(model, data, prompt, options.sample_tokens)
+    write_report(folder, replace(summary, prompt=options.prompt, sample=text))
+    return Run(folder, model, outcome)
+
+
+def _split_run(run: Settings) -> tuple[TrainConfig, RunOptions]:
+    """The group ``run``: what the trainer needs, and the rest."""
+    own = {field.name for field in fields(RunOptions)}
+    options = construct("run", RunOptions, {key: value for key, value in run.items() if key in own})
+    return construct("run", TrainConfig, {key: value for key, value in run.items() if key not in own}), options
+
+
+def _check_text(data: PreparedData, config: TrainConfig, options: RunOptions) -> list[int]:
+    """See that there is text for a batch, a validation and a sample; returns the prompt's tokens."""
+    for split, tokens in (("training", data.train), ("validation", data.val)):
+        if len(tokens) <= config.seq_len:
+            raise DataError(
+                f"the {split} text has {len(tokens)} tokens, fewer than the {config.seq_len + 1} that a sequence of "
+                f"seq_len={config.seq_len} takes; give more text, or set another data.val_fraction or run.seq_len"
+            )
+    prompt = [data.tokenizer.separator_id, *data.tokenizer.encode(options.prompt).tolist()]
+    if len(prompt) >= config.seq_len:
+        raise ConfigError(
+            f"prompt={options.prompt!r} has {len(prompt)} tokens; seq_len={config.seq_len} leaves no room for a sample"
+        )
+    return prompt
 
 
 def make_model(settings: Settings, vocab_size: int, seq_len: int) -> Decoder:
@@ -89,32 +109,33 @@ def make_model(settings: Settings, vocab_size: int, seq_len: int) -> Decoder:
     checkpointing = options.pop("activation_checkpointing")
     if options["moe"] is not None:
         options["moe"] = {**options["moe"], "balance": settings["balance"] or {}}
-    config = DecoderConfig(vocab_size=vocab_size, max_seq_len=seq_len, **options)
+    config = construct("model", DecoderConfig, {"vocab_size": vocab_size, "max_seq_len": seq_len, **options})
     return Decoder(config, activation_checkpointing=checkpointing)
 
 
-def sample(model: Decoder, data: PreparedData, prompt: str, num_tokens: int) -> str:
+def sample(model: Decoder, data: PreparedData, prompt: Sequence[int], num_tokens: int) -> str:
     """What the model writes after a prompt, always the same for the same model."""
     device = next(model.parameters()).device
-    tokens = torch.tensor([[data.tokenizer.separator_id, *data.tokenizer.encode(prompt).tolist()]], device=device)
-    room = model.config.max_seq_len - tokens.shape[1]
+    tokens = torch.tensor([prompt], device=device)
     generator = torch.Generator(device=device).manual_seed(0)
+    eos_id = data.tokenizer.separator_id
+    room = model.config.max_seq_len - len(prompt)
     out = generate(
-        model, tokens, min(num_tokens, room), temperature=0.8, top_p=0.95, generator=generator,
-        eos_id=data.tokenizer.separator_id,
-    )  # fmt: skip
+        model, tokens, min(num_tokens, room), temperature=0.8, top_p=0.95, generator=generator, eos_id=eos_id
+    )
     return data.tokenizer.decode(out[0, tokens.shape[1] :].tolist())
 
 
-def _resumable(resume: str, root: Path, name: str | None) -> Path | None:
-    """The folder to go on in: the named one, or the newest with a checkpoint; None for a new run."""
+def _resumable(resume: str, root: Path, name: str | None) -> str | None:
+    """The name of the run: the one that was asked for, or to resume, that of the run with the newest checkpoint."""
     if resume not in ("never", "auto"):
         raise ConfigError(f"resume={resume!r} is unknown; choose 'never' or 'auto'")
-    if resume == "never":
+    if resume == "never" or name is not None:
+        return name
+    checkpoints = [path for path in root.glob("*/checkpoints/step_*") if path.is_dir()]
+    if not checkpoints:
         return None
-    folders = [root / name] if name is not None else sorted(root.glob("*"), key=lambda path: path.stat().st_mtime)
-    found = [folder for folder in folders if any(folder.glob("checkpoints/step_*"))]
-    return found[-1] if found else None
+    return max(checkpoints, key=lambda path: path.stat().st_mtime_ns).parents[1].name
 
 
 def _summary(model: Decoder, data: PreparedData, config: TrainConfig, device: torch.device) -> RunSummary:
@@ -129,15 +150,11 @@ def _summary(model: Decoder, data: PreparedData, config: TrainConfig, device: to
         validation_tokens=windows * config.seq_len,
         unigram_bits_per_byte=data.unigram_bpb,
         gzip_bits_per_byte=data.gzip_bpb,
-        skipped_files=_skipped(data),
+        skipped_count=data.skipped.count,
+        skipped_files=data.skipped.named,
         hardware=hardware,
         versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
     )
-
-
-def _skipped(data: PreparedData) -> tuple[str, ...]:
-    unnamed = data.skipped.count - len(data.skipped.named)
-    return data.skipped.named + ((f"and {unnamed} more",) if unnamed else ())
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -75,6 +76,10 @@ class MetricsWriter:
                 self._events.add_scalar(key, value, global_step=step)
         # TensorBoard's writer would keep events for two minutes, which a killed run would lose.
         self._events.flush()
+
+    def sync(self) -> None:
+        """Force all lines to the disk, so that no checkpoint is newer than the lines of its steps."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file and the events."""

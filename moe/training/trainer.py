@@ -54,6 +54,18 @@ class StepResult:
 
 
 @final
+@dataclass(frozen=True)
+class Outcome:
+    """What ``Trainer.run`` came to."""
+
+    status: Status
+    seconds: float
+    """Time spent in training, validations included, that before a resumption too."""
+    evaluation: Evaluation | None
+    """The validation after the last step; None where the run was interrupted between two, or had no step left."""
+
+
+@final
 class Trainer:
     """Trains a language model and leaves what it did in a run folder.
 
@@ -88,6 +100,8 @@ class Trainer:
         self.skipped = self.skipped_in_a_row = 0
         self._clock = clock
         self._seconds_before, self._started = 0.0, clock()
+        self._tokens = 0
+        self._evaluation: Evaluation | None = None
         self._unlogged_steps, self._unlogged_seconds = 0, 0.0
         self._resumed: Checkpoint | None = None
 
@@ -97,28 +111,39 @@ class Trainer:
         return self._seconds_before + self._clock() - self._started
 
     def resume(self) -> bool:
-        """Go back to the newest good checkpoint of the folder; False where there is none.
+        """Go back to the newest good checkpoint of the folder; False where there is none yet.
+
+        The optimizer keeps the hyper-parameters it was made with: settings that were changed since count.
 
         Raises:
-            CheckpointError: the checkpoint is of another architecture, optimizer or corpus.
+            CheckpointError: there are checkpoints and none is whole, or the newest is of another architecture,
+                optimizer or corpus.
         """
         checkpoint = self.store.latest()
         if checkpoint is None:
+            if any(self.folder.checkpoints.glob("step_*")):
+                raise CheckpointError(
+                    f"no checkpoint in {self.folder.checkpoints} is whole; start a run of another name"
+                )
             return False
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         state = self.store.load(checkpoint, self.model, self.optimizer)
+        for group, wanted in zip(self.optimizer.param_groups, groups):
+            group.update(wanted)
         self.loader.load_state_dict(state["loader"])
         self.pool.load_state_dict(state["pool"], self.device)
-        self.step, self.skipped, self._seconds_before = checkpoint.step, state["skipped"], state["seconds"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.step, self._tokens, self._seconds_before = checkpoint.step, state["tokens"], state["seconds"]
         self._resumed = checkpoint
         return True
 
-    def run(self) -> Status:
+    def run(self) -> Outcome:
         """Train until the last step, or until somebody asks to stop (Ctrl-C), and write a checkpoint either way.
 
         Waits for the device once a step: a loss or gradient that is not finite must be seen before the weights move.
 
         Raises:
-            TrainingError: ``max_skipped`` steps in a row were not finite.
+            TrainingError: ``max_skipped`` steps in a row were not finite, or the metrics cannot be written.
             CheckpointError: the last checkpoint cannot be written. (An earlier one that cannot is a warning.)
         """
         self._started = self._clock()
@@ -126,15 +151,19 @@ class Trainer:
         total = self.config.steps
         resume_step = None if self._resumed is None else self.step
         progress = Progress(total, start_step=self.step, clock=self._clock)
-        with StopRequest() as stop, MetricsWriter(self.folder, resume_step=resume_step) as metrics, progress:
-            while self.step < total and not stop.requested:
-                self._one_step(metrics, progress)
-                if self.step % self.config.checkpoint_every == 0 and self.step < total:
-                    self._checkpoint_or_warn()
-            status = Status.FINISHED if self.step >= total else Status.INTERRUPTED
-            self.store.save(self.step, self.model, self.optimizer, self._state())
-            metrics.write(self.step, self._times() | {STATUS: status.value})
-        return status
+        try:
+            with StopRequest() as stop, MetricsWriter(self.folder, resume_step=resume_step) as metrics, progress:
+                while self.step < total and not stop.requested:
+                    self._one_step(metrics, progress)
+                    if self.step % self.config.checkpoint_every == 0 and self.step < total:
+                        self._checkpoint_or_warn(metrics)
+                status = Status.FINISHED if self.step >= total else Status.INTERRUPTED
+                self._save(metrics)
+                seconds = self.seconds
+                metrics.write(self.step, self._times() | {STATUS: status.value})
+        except OSError as error:
+            raise TrainingError(f"step {self.step}: {error}; {self._last_good()}") from error
+        return Outcome(status, seconds, self._evaluation)
 
     def train_step(self) -> StepResult:
         """Forward, backward and gradient norm of the next step's micro-batches; moves no weight."""
@@ -170,6 +199,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loads = balance_step(self.model, skipped=not finite)
         self.step += 1
+        self._tokens += self.config.tokens_per_step
+        self._evaluation = None
         self._unlogged_steps += 1
         self._unlogged_seconds += self.seconds - before
         if finite:
@@ -183,7 +214,7 @@ class Trainer:
             line = self._training_line(result)
             metrics.write(self.step, line)
         if last or self.step % self.config.eval_every == 0:
-            found = self.evaluate()
+            self._evaluation = found = self.evaluate()
             words = {"val/loss": found.loss, "val/bits_per_byte": found.bits_per_byte}
             words |= {f"val/max_vio/{layer}": value for layer, value in found.max_vio.items()}
             metrics.write(self.step, self._times() | words)
@@ -197,18 +228,24 @@ class Trainer:
         if self.skipped_in_a_row < self.config.max_skipped:
             return
         metrics.write(self.step, self._times() | {STATUS: Status.STOPPED.value})
-        good = self.store.latest()
-        where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is {good.path}"
         raise TrainingError(
             f"the loss or its gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step "
-            f"{self.step} (max_skipped={self.config.max_skipped}); {where}. "
+            f"{self.step} (max_skipped={self.config.max_skipped}); {self._last_good()}. "
             "Lower the learning rate, or look at the data"
         )
 
-    def _checkpoint_or_warn(self) -> None:
+    def _last_good(self) -> str:
+        good = self.store.latest()
+        return "there is no checkpoint yet" if good is None else f"the last good checkpoint is {good.path}"
+
+    def _save(self, metrics: MetricsWriter) -> None:
+        metrics.sync()
+        self.store.save(self.step, self.model, self.optimizer, self._state())
+
+    def _checkpoint_or_warn(self, metrics: MetricsWriter) -> None:
         """Save on the way; a run goes on without, since a full disk may be emptied before the next."""
         try:
-            self.store.save(self.step, self.model, self.optimizer, self._state())
+            self._save(metrics)
         except CheckpointError as error:
             warnings.warn(f"training goes on without this checkpoint: {error}", RuntimeWarning, stacklevel=2)
 
@@ -218,6 +255,8 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "pool": self.pool.state_dict(),
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "tokens": self._tokens,
             "seconds": self.seconds,
         }
 
@@ -238,7 +277,7 @@ class Trainer:
         }
 
     def _times(self) -> dict[str, Any]:
-        return {"tokens": self.step * self.config.tokens_per_step, "seconds": self.seconds}
+        return {"tokens": self._tokens, "seconds": self.seconds}
 
     def _autocast(self) -> AbstractContextManager[None]:
         dtype = self.config.autocast_dtype(self.device)

@@ -28,3 +28,12 @@ def at_step(monkeypatch, step, action):
         return original(self)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def poison(trainer, bad_steps):
+    """Make the loss NaN in some steps."""
+
+    def spoil(model, _, logits):
+        return logits * float("nan") if model.training and trainer.step in bad_steps else logits
+
+    trainer.model.register_forward_hook(spoil)

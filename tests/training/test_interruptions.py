@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from moe.checkpoint import CheckpointStore
-from moe.errors import CheckpointError
+from moe.errors import CheckpointError, TrainingError
 from moe.training.launch import launch
+from moe.training.metrics import MetricsWriter
 from moe.training.trainer import Status
 from tests.support.runs import at_step, lines_of
 
@@ -67,7 +68,7 @@ def test_an_interrupted_run_ends_with_a_checkpoint_and_resumes(settings, monkeyp
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda _: os.kill(os.getpid(), number))
         run = launch(settings)
-    assert run.status is Status.INTERRUPTED
+    assert run.outcome.status is Status.INTERRUPTED
     lines = lines_of(settings["run"]["root"], "interrupted")
     assert lines[-1]["run/status"] == "interrupted"
     assert lines[-1]["step"] == 5  # the step in which the signal came is finished
@@ -99,7 +100,7 @@ def test_a_full_disk_on_the_way_is_a_warning(settings, monkeypatch):
         at_step(patch, 7, lambda trainer: patch.undo())
         with pytest.warns(RuntimeWarning, match=r"goes on without this checkpoint: .*No space left.*step_00000003"):
             run = launch(settings)
-    assert run.status is Status.FINISHED
+    assert run.outcome.status is Status.FINISHED
     names = [path.name for path in sorted(run.folder.checkpoints.glob("step_*"))]
     assert names == ["step_00000003", "step_00000009", "step_00000012"]
 
@@ -112,26 +113,14 @@ def test_a_full_disk_at_the_end_is_an_error_and_the_former_checkpoint_is_whole(s
     assert CheckpointStore(folder).latest().step == 9
 
 
-def test_resume_auto_without_a_name_takes_the_newest_run(settings, monkeypatch):
-    settings["run"]["name"], settings["resume"] = None, "auto"
-    with monkeypatch.context() as patch:
-        at_step(patch, 4, lambda _: os.kill(os.getpid(), signal.SIGINT))
-        first = launch(settings)
-    second = launch(settings)
-    assert second.folder == first.folder
-    assert second.status is Status.FINISHED
+def test_metrics_that_cannot_be_written_stop_the_run_and_name_the_checkpoint(settings, monkeypatch):
+    write = MetricsWriter.write
 
+    def full(self, step, values):
+        if step == 8:
+            no_space()
+        write(self, step, values)
 
-def test_resuming_another_architecture_names_what_differs(settings):
-    launch(settings)
-    settings["resume"], settings["model"]["moe"]["num_experts"] = "auto", 6
-    with pytest.raises(CheckpointError, match=r"another architecture.*blocks\.1\.ffn"):
-        launch(settings)
-
-
-def test_resuming_other_text_is_refused(settings, tmp_path):
-    launch(settings)
-    (tmp_path / "text.txt").write_text("something else entirely, said often enough\n" * 100)
-    settings["resume"] = "auto"
-    with pytest.raises(CheckpointError, match="in the same tokens"):
+    monkeypatch.setattr(MetricsWriter, "write", full)
+    with pytest.raises(TrainingError, match=r"step 8: .*No space left.*the last good checkpoint is .*step_00000006"):
         launch(settings)

@@ -14,7 +14,6 @@ import pytest
 from moe.errors import DataError
 from moe.training.metrics import MetricsWriter
 from moe.training.report import RunSummary, write_report
-from moe.training.report.page import split_settings
 from moe.training.report.summary import read_summary
 from moe.training.run_folder import RunFolder
 
@@ -26,6 +25,7 @@ SUMMARY = RunSummary(
     validation_tokens=4096,
     unigram_bits_per_byte=4.5,
     gzip_bits_per_byte=2.25,
+    skipped_count=1,
     skipped_files=("a.txt: not UTF-8",),
     prompt="def f(",
     sample="x):\n    return x",
@@ -232,7 +232,13 @@ def test_text_from_outside_stays_text(tmp_path: Path) -> None:
     folder = make_run(tmp_path, {HOSTILE: [0.5, 0.5], "$x_1$": [0.5, 0.5]}, status=HOSTILE)
     folder.write_config(f"{HOSTILE}:\n  key: {HOSTILE}\n")
     summary = replace(
-        SUMMARY, prompt=HOSTILE, sample=HOSTILE, hardware=HOSTILE, versions={HOSTILE: HOSTILE}, skipped_files=(HOSTILE,)
+        SUMMARY,
+        prompt=HOSTILE,
+        sample=HOSTILE,
+        hardware=HOSTILE,
+        versions={HOSTILE: HOSTILE},
+        skipped_count=3,
+        skipped_files=(HOSTILE,),
     )
     page = read_page(folder, summary)
     assert_self_contained(page)
@@ -289,14 +295,3 @@ def test_summary_of_another_kind_is_named(tmp_path: Path) -> None:
 def test_summary_survives_the_file(run: RunFolder, page: Page) -> None:
     assert json.loads(run.summary.read_text())["skipped_files"] == ["a.txt: not UTF-8"]
     assert read_summary(run) == SUMMARY
-
-
-def test_every_line_of_the_settings_is_kept() -> None:
-    config = "# by hand\nseed: 0\nmodel:\n  dim: 64\n\n  layers:\n  - 1\nempty: {}\ndata:\n- a\n- b\nlast: x\n"
-    sections = [(section.title, section.body) for section in split_settings(config)]
-    assert sections == [
-        ("general", "# by hand\nseed: 0\nempty: {}\nlast: x"),
-        ("model", "dim: 64\n\nlayers:\n- 1"),
-        ("data", "- a\n- b"),
-    ]
-    assert split_settings("") == []

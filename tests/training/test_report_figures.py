@@ -14,6 +14,7 @@ from moe.training.report.figures import Chart, Line, draw
 from moe.training.report.heatmap import color_half_range, draw_load, resample
 from moe.training.report.history import Curve, Loads
 from moe.training.report.numbers import decimal, duration, percent, short_count
+from moe.training.report.page import split_settings
 
 
 @pytest.mark.parametrize("experts", [1, 2, 256])
@@ -94,3 +95,14 @@ def test_numbers_for_readers() -> None:
     for write in (short_count, duration, decimal, percent):
         assert write(None) == "\u2013"
         assert write(math.nan) == "not finite"
+
+
+def test_every_line_of_the_settings_is_kept() -> None:
+    config = "# by hand\nseed: 0\nmodel:\n  dim: 64\n\n  layers:\n  - 1\nempty: {}\ndata:\n- a\n- b\nlast: x\n"
+    sections = [(section.title, section.body) for section in split_settings(config)]
+    assert sections == [
+        ("general", "# by hand\nseed: 0\nempty: {}\nlast: x"),
+        ("model", "dim: 64\n\nlayers:\n- 1"),
+        ("data", "- a\n- b"),
+    ]
+    assert split_settings("") == []

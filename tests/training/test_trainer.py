@@ -1,5 +1,6 @@
 """The loop: what a step does, and what it refuses to do."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -7,16 +8,17 @@ import pytest
 import torch
 
 import moe
-from moe.errors import ConfigError, TrainingError
+from moe.errors import ConfigError, DataError, TrainingError
 from moe.training import launch as launching
 from moe.training.launch import launch
+from moe.training.metrics import read_metrics
 from moe.training.trainer import Status, Trainer
-from tests.support.runs import at_step, lines_of, parameters_of
+from tests.support.runs import at_step, lines_of, parameters_of, poison
 
 
 def test_a_run_learns_and_leaves_everything(settings):
     run = launch(settings)
-    assert run.status is Status.FINISHED
+    assert run.outcome.status is Status.FINISHED
     lines = lines_of(settings["run"]["root"])
     trained = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in trained] == list(range(1, 13))
@@ -32,7 +34,7 @@ def test_a_run_learns_and_leaves_everything(settings):
     assert [p.name for p in sorted(run.folder.checkpoints.glob("step_*"))] == [
         "step_00000006", "step_00000009", "step_00000012"
     ]  # fmt: skip
-    assert run.evaluation.bits_per_byte == pytest.approx(lines[-2]["val/bits_per_byte"])
+    assert run.outcome.evaluation.bits_per_byte == pytest.approx(lines[-2]["val/bits_per_byte"])
     assert json.loads(run.folder.summary.read_text())["sample"]
 
 
@@ -53,15 +55,6 @@ def test_activation_checkpointing_changes_no_bit(settings, checkpointing):
     assert lines_of(settings["run"]["root"]) == lines_of(settings["run"]["root"], "other")
 
 
-def poison(trainer, bad_steps):
-    """Make the loss NaN in some steps."""
-
-    def spoil(model, _, logits):
-        return logits * float("nan") if model.training and trainer.step in bad_steps else logits
-
-    trainer.model.register_forward_hook(spoil)
-
-
 def test_a_step_that_is_not_finite_is_skipped_and_counted(settings, monkeypatch):
     seen = {}
 
@@ -79,7 +72,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(settings, monkeypatch)
 
     monkeypatch.setattr(Trainer, "_one_step", one_step)
     run = launch(settings)
-    assert run.status is Status.FINISHED
+    assert run.outcome.status is Status.FINISHED
     for name, value in seen["before"].items():  # the selection bias included
         assert torch.equal(seen["after"][name], value), name
     lines = [line for line in lines_of(settings["run"]["root"]) if "train/loss" in line]
@@ -101,7 +94,7 @@ def test_too_many_such_steps_stop_the_run_and_name_the_checkpoint(settings, monk
 def test_skips_that_are_not_in_a_row_do_not_stop_it(settings, monkeypatch):
     settings["run"]["max_skipped"] = 2
     at_step(monkeypatch, 0, lambda trainer: poison(trainer, {1, 3, 5, 7}))
-    assert launch(settings).status is Status.FINISHED
+    assert launch(settings).outcome.status is Status.FINISHED
 
 
 def test_accumulation_is_one_large_batch(settings):
@@ -140,6 +133,21 @@ def make_trainer(settings):
 @pytest.mark.parametrize(
     ("group", "key", "value", "message"),
     [
+        ("run", "steps", "abc", "steps='abc' must be a whole number"),
+        ("run", "steps", 2.5, "steps=2.5 must be a whole number"),
+        ("run", "batch_size", 2.5, "batch_size=2.5 must be a whole number"),
+        ("run", "seed", "x", "seed='x' must be a whole number"),
+        ("run", "name", 5, "name=5 must be text"),
+        ("run", "prompt", 5, "prompt=5 must be text"),
+        ("run", "prompt", "a" * 40, "prompt='aaaa.*' has 41 tokens; seq_len=16 leaves no room"),
+        ("run", "sample_tokens", -3, "sample_tokens=-3 must be a whole number, 0 or more"),
+        ("run", "threads", 0, "threads=0 must be positive"),
+        ("run", "foo", 1, "run does not take these options.*foo"),
+        ("optim", "adamw", {"weight_decay": -1}, "weight_decay=-1 must be a number, 0 or more"),
+        ("optim", "adamw", {"betas": 0.9}, "betas=0.9 must be two numbers"),
+        ("optim", "adamw", {"betas": [0.9, 1.0]}, "must be at least 0 and below 1"),
+        ("optim", "schedule", {"shape": "flat"}, "optim does not take these options.*shape"),
+        ("model", "width", 3, "model does not take these options.*width"),
         ("run", "steps", 0, "steps=0 must be positive"),
         ("run", "seq_len", -1, "seq_len=-1 must be positive"),
         ("run", "precision", "int8", "precision='int8' is unknown; choose one of auto, float32, bfloat16"),
@@ -148,6 +156,7 @@ def make_trainer(settings):
         ("data", "path", "/no/such/text", "/no/such/text"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_settings_are_named_before_anything_is_written(settings, group, key, value, message):
     settings[group][key] = value
     with pytest.raises(moe.errors.MoEError, match=message):
@@ -164,19 +173,53 @@ def test_an_unknown_resume_is_named(settings):
 def test_a_dense_model_trains_too(settings):
     settings["model"]["moe"] = None
     run = launch(settings)
-    assert run.status is Status.FINISHED
+    assert run.outcome.status is Status.FINISHED
     assert not any(key.startswith("balance/") for line in lines_of(settings["run"]["root"]) for key in line)
 
 
 def test_bfloat16_autocast_trains(settings):
-    settings["run"]["precision"] = "bfloat16"
     launch(settings)
-    lines = [line for line in lines_of(settings["run"]["root"]) if "train/loss" in line]
-    assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.5
+    settings["run"] |= {"precision": "bfloat16", "name": "half"}
+    launch(settings)
+    exact, half = (lines_of(settings["run"]["root"], name) for name in ("tiny", "half"))
+    assert half[0]["train/loss"] != exact[0]["train/loss"]
+    assert half[0]["train/loss"] == pytest.approx(exact[0]["train/loss"], rel=1e-2)
+    half = [line for line in half if "train/loss" in line]
+    assert half[-1]["train/loss"] < half[0]["train/loss"] - 0.5
+
+
+def test_seconds_and_speed_are_those_of_the_clock(settings, monkeypatch):
+    """A clock that moves by 1 at each look: every step takes the same time, and the run what its last line says."""
+    ticks = itertools.count()
+    original = Trainer.__init__
+
+    def init(self, *arguments, **options):
+        original(self, *arguments, **options, clock=lambda: float(next(ticks)))
+
+    monkeypatch.setattr(Trainer, "__init__", init)
+    run = launch(settings)
+    lines = read_metrics(run.folder.metrics)
+    trained = [line for line in lines if "train/loss" in line]
+    assert {line["train/tokens_per_second"] for line in trained} == {2 * 16 * 2 / 1.0}
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds)
+    assert 0 <= seconds[-1] - run.outcome.seconds <= 1
+    assert run.outcome.seconds > 12
 
 
 def test_the_sample_is_always_the_same(settings):
     run = launch(settings)
     data = launching.prepare(**settings["data"], **settings["tokenizer"])
-    first = launching.sample(run.model, data, "the ", 20)
-    assert first == launching.sample(run.model, data, "the ", 20)
+    first = launching.sample(run.model, data, [256, 116], 100)  # more than there is room for: cut short
+    assert first == launching.sample(run.model, data, [256, 116], 100)
+
+
+def test_text_too_short_to_validate_is_refused_before_anything_is_written(settings, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "long.txt").write_text("many words that go on and on\n" * 100)
+    (folder / "short.txt").write_text("few")
+    settings["data"]["path"] = str(folder)
+    with pytest.raises(DataError, match=r"text has 4 tokens, fewer than the 17 that a sequence of seq_len=16 takes"):
+        launch(settings)
+    assert not Path(settings["run"]["root"]).exists()

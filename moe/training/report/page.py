@@ -107,6 +107,7 @@ def _cards(history: History, summary: RunSummary, rows: Sequence[BalanceRow]) ->
             (
                 f"unigram bytes {decimal(summary.unigram_bits_per_byte)}",
                 f"gzip -9 {decimal(summary.gzip_bits_per_byte)}",
+                _share_measured(summary),
             ),
         )
     ]
@@ -122,9 +123,14 @@ def _cards(history: History, summary: RunSummary, rows: Sequence[BalanceRow]) ->
         Card("Wall time", duration(seconds), (f"{history.last_step:,} steps",)),
         Card("Tokens seen", short_count(tokens), (f"{short_count(history.tokens_per_step())} a step",)),
         Card("Skipped steps", decimal(skipped, 0), ("loss or gradient not finite",)),
-        Card("Data files skipped", f"{len(summary.skipped_files):,}", ("not readable as text",)),
+        Card("Data files skipped", f"{summary.skipped_count:,}", ("not readable as text",)),
     ]
     return cards
+
+
+def _share_measured(summary: RunSummary) -> str:
+    """The references are those of all validation text; the model is measured on windows spread over it."""
+    return f"on {short_count(summary.validation_tokens)} of its tokens"
 
 
 def _draw_training(history: History, summary: RunSummary) -> list[Drawing]:

@@ -33,6 +33,9 @@ class RunSummary:
     gzip_bits_per_byte: float | None = None
     """What ``gzip -9`` needs on the validation text."""
 
+    skipped_count: int = 0
+    """Data files and records that were not read."""
+
     skipped_files: tuple[str, ...] = ()
     """Data files that were not read, each with the reason."""
 
