@@ -1,8 +1,7 @@
 """Losses that even out the load of experts, each the mean over the tokens of one call.
 
-Notation: T tokens that count, E experts, K experts a token; ``f_e`` the share of assignments that expert e got (sums
-    to 1,
-no gradient), ``P_e`` the mean over tokens of e's score, normalised over experts (sums to 1, carries the gradient).
+Notation: T tokens that count, E experts, K experts a token; ``f_e`` the share of assignments that expert e got (sums to
+1, no gradient), ``P_e`` the mean over tokens of e's score, normalised over experts (sums to 1, carries the gradient).
 """
 
 from dataclasses import dataclass
@@ -37,8 +36,8 @@ class SquaredDeviation:
     gradient is then ``2 E sum_e f_e grad P_e``, that of the Switch loss with twice the coefficient. The factor E
     makes a coefficient mean the same for any number of experts; without it, the loss weakens as 1 / E.
 
-    Source: the sum is the balance loss of the project's source document (section 7); the gradient is the
-    straight-through identity derived at kexue.fm/archives/10735.
+    Source: the sum is that of the text on load balancing which this library set out from (its section 7); the
+    gradient is the straight-through identity derived at kexue.fm/archives/10735.
     """
 
     coefficient: float = 0.01
