@@ -142,7 +142,7 @@ def commands(page: Path) -> Iterator[list[str]]:
     """The settings of each command line that trains, wherever it stands on a page."""
     for line in page.read_text(encoding="utf-8").splitlines():
         if line.startswith("python examples/train_lm.py"):
-            yield shlex.split(line.replace("$HOME", "/home/me"))[2:]
+            yield shlex.split(line.replace("$HOME", "home"))[2:]
         for arguments in re.findall(r'make train ARGS="([^"]*)"', line):
             yield shlex.split(arguments)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from moe.errors import DataError
-from moe.training.run_folder import RunFolder, replace_text
+from moe.training.atomic import replace_text
+from moe.training.run_folder import RunFolder
 
 Number: TypeAlias = float | int | None
 """None stands for a number that is not finite, which JSON has no form for."""

@@ -1,11 +1,11 @@
 """The folder of one training run, and how its small files are written."""
 
-import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from moe.errors import ConfigError
+from moe.training.atomic import replace_text
 
 
 @dataclass(frozen=True)
@@ -91,25 +91,6 @@ class RunFolder:
             text: YAML.
         """
         replace_text(self.config, text)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small text file so that a reader, or a crash, sees the old content or the new one, never a part.
-
-    Args:
-        path: the file; its folder exists.
-        text: the whole new content.
-    """
-    # The process id keeps two writers of one file apart; the dot keeps the name out of listings and globs.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _make_named(root: Path, name: str, resume: bool) -> Path:

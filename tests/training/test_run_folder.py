@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from moe.errors import ConfigError
-from moe.training.run_folder import RunFolder, replace_text
+from moe.training.atomic import replace_text
+from moe.training.run_folder import RunFolder
 
 
 def test_named_run_has_its_paths_below_its_name(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moe.training.data.corpus import STDLIB, Corpus
 from moe.training.data.split import Skipped
-from moe.training.data.token_file import DamagedFileError, FileSeal, replacing
+from moe.training.data.token_file import DamagedFileError, FileSeal, sealed
 from moe.training.data.tokenizer import TOKENIZERS_VERSION
 
 FORMAT = 1
@@ -53,7 +53,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Put the manifest beside the files it seals."""
         body = asdict(self)
-        with replacing(folder / MANIFEST) as out:
+        with sealed(folder / MANIFEST) as out:
             out.write(json.dumps({"checksum": _hash(body), "body": body}, indent=1).encode())
 
 

@@ -14,7 +14,7 @@ from moe.training.data.corpus import open_corpus
 from moe.training.data.readers import Piece
 from moe.training.data.references import GzipMeter, count_bytes, unigram_bits_per_byte
 from moe.training.data.split import Skipped, SplitCorpus, split_corpus
-from moe.training.data.token_file import DamagedFileError, FileSeal, SealedWriter, map_tokens, replacing, token_dtype
+from moe.training.data.token_file import DamagedFileError, FileSeal, SealedWriter, map_tokens, sealed, token_dtype
 from moe.training.data.tokenizer import NUM_BYTES, BpeTokenizer, ByteTokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -140,11 +140,11 @@ def _build(split: SplitCorpus, kind: str, vocab_size: int, folder: Path) -> Mani
     tokenizer: Tokenizer = ByteTokenizer()
     if kind == "bpe":
         bpe = BpeTokenizer.train((piece.text for _, piece in split.pieces("train")), vocab_size)
-        with replacing(folder / TOKENIZER_FILE) as out:
+        with sealed(folder / TOKENIZER_FILE) as out:
             out.write(bpe.to_json().encode("utf-8"))
             files[TOKENIZER_FILE] = out.seal()
         tokenizer = bpe
-    with replacing(folder / "train.bin") as train_file, replacing(folder / "val.bin") as val_file:
+    with sealed(folder / "train.bin") as train_file, sealed(folder / "val.bin") as val_file:
         gzip = GzipMeter()
         train = _TokenWriter(train_file, tokenizer)
         val = _TokenWriter(val_file, tokenizer, gzip)

@@ -1,8 +1,6 @@
 """Tokens on disk: written once and whole, mapped into memory, checked before use."""
 
 import hashlib
-import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +9,8 @@ from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Integer
+
+from moe.training.atomic import replacing
 
 
 class DamagedFileError(Exception):
@@ -65,10 +65,8 @@ class SealedWriter:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[SealedWriter]:
-    """Write a file that appears under its name whole, or not at all.
-
-    Whoever has the former file open keeps it. Two writers at once do not meet: the later one's file stays.
+def sealed(path: Path) -> Iterator[SealedWriter]:
+    """Write a file that appears under its name whole, or not at all, and keep account of what is in it.
 
     Args:
         path: where the file will be; its folder exists.
@@ -76,21 +74,8 @@ def replacing(path: Path) -> Iterator[SealedWriter]:
     Returns:
         Context whose end puts the file in place.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield SealedWriter(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # without it the new name may be lost with the power
-    finally:
-        os.close(folder)
+    with replacing(path) as file:
+        yield SealedWriter(file)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -9,13 +9,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.ticker import EngFormatter
 
 from moe.errors import DataError
+from moe.training.atomic import replace_text
 from moe.training.metrics import read_metrics
 from moe.training.report.balance import BalanceRow, Swatch, balance_rows, draw_balance, draw_loads, swatches, worst_row
 from moe.training.report.figures import Chart, Drawing, Line, draw
 from moe.training.report.history import History
 from moe.training.report.numbers import MISSING, decimal, duration, short_count
 from moe.training.report.summary import RunSummary, read_summary, write_summary
-from moe.training.run_folder import RunFolder, replace_text
+from moe.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

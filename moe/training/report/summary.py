@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from moe.errors import DataError
-from moe.training.run_folder import RunFolder, replace_text
+from moe.training.atomic import replace_text
+from moe.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
