@@ -4,12 +4,14 @@ Sizes: T tokens, E experts, K experts per token (``top_k``), N = T * K assignmen
 """
 
 from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+@final
 @dataclass(frozen=True)
 class Routing:
     """One routing decision: which experts each token goes to, and with what weight.
@@ -56,6 +58,7 @@ class Routing:
         return count_experts(self.expert_ids, self.num_experts)
 
 
+@final
 @dataclass(frozen=True)
 class Plan:
     """The rows of a routing decision in expert order, and the way back.

@@ -55,6 +55,7 @@ class Call:
         self.loss_gradient: Tensor | None = None
 
 
+@final
 @dataclass(frozen=True)
 class PendingLoss:
     """The balance loss of one call, not yet added to the training loss."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe.types import Routing
 
 
+@final
 @dataclass(frozen=True)
 class Dispatched:
     """The tokens whose experts live here, and the part of the decision that concerns these experts."""

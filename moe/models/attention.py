@@ -1,5 +1,7 @@
 """Grouped-query attention with rotary positions."""
 
+from typing import final
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -10,6 +12,7 @@ from moe.models.config import DecoderConfig
 from moe.models.rotary import rotate
 
 
+@final
 class Attention(nn.Module):
     """Causal self-attention; groups of query heads share a key and a value head.
 

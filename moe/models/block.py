@@ -1,5 +1,7 @@
 """One layer of a decoder: attention, then a feed-forward that is dense or a mixture of experts."""
 
+from typing import final
+
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from moe.models.cache import LayerCache
 from moe.models.config import DecoderConfig
 
 
+@final
 class Block(nn.Module):
     """A pre-norm residual layer; ``ffn`` is a SwiGLU `moe.experts.FeedForward` or a `moe.MoE`.
 

@@ -1,5 +1,7 @@
 """Keys and values of the tokens a decoder has seen, so that each is computed once."""
 
+from typing import final
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -8,6 +10,7 @@ from moe.errors import ShapeError
 from moe.models.config import DecoderConfig
 
 
+@final
 class LayerCache:
     """One layer's part of a `KVCache`."""
 
@@ -29,6 +32,7 @@ class LayerCache:
         return self._keys[:, :end], self._values[:, :end]
 
 
+@final
 class KVCache:
     """Room for the keys and values of ``max_length`` tokens in every layer, allocated once.
 

@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 from torch import nn
 
@@ -16,6 +16,7 @@ _POSITIVE = (
 )
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The architecture of a `Decoder`.

@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 from functools import partial
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ class ActivationCheckpointing(StrEnum):
     """The block's input; backward runs the block again when a saved tensor is asked for. PyTorch's own choice."""
 
 
+@final
 class Decoder(nn.Module):
     """A causal language model: embedding, pre-norm blocks of attention and feed-forward, norm, output projection.
 

@@ -31,7 +31,8 @@ def generate(
 
     Args:
         model: what scores the next token.
-        prompt: ``(B, S)`` int32 or int64, all of one length, at least one token each.
+        prompt: ``(B, S)`` int32 or int64, all of one length, at least one token each. Checking it waits for the device
+            once.
         max_new_tokens: how many to add; no fewer are, unless every sequence has ended.
         temperature: what logits are divided by; 0 takes the likeliest token (the lowest id of equals).
         top_p: sample among the fewest likeliest tokens that hold this much probability together; 1 is all.

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from moe.layer import take_evaluation_load
 from moe.training.data import Batch, target_bytes
 
 
+@final
 @dataclass(frozen=True)
 class Evaluation:
     """What a validation found."""

@@ -37,6 +37,7 @@ class Status(StrEnum):
     """Too many steps in a row were not finite."""
 
 
+@final
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step measured, on the device."""

@@ -28,7 +28,7 @@ _CHARTS = {
         bottom=0, span=0.05,
     ),
     "balance/entropy/": Chart(
-        "entropy", "Entropy of the load", "Over log E: 1 is an even load, 0 a single busy expert.", "entropy / log E",
+        "entropy", "Entropy of the load", "Over log E: 1 is even, log K / log E the least.", "entropy / log E",
         top=1, span=0.02,
     ),
     "balance/dead_experts/": Chart(
