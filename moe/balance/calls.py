@@ -120,7 +120,7 @@ class CallLog:
             warnings.warn(
                 f"{_MAX_PENDING} forward passes in training mode without moe.balance_loss(model): their balance "
                 "losses are discarded and balance nothing. Add it to the training loss, or make MoE with balance=()",
-                stacklevel=4,
+                stacklevel=5,  # past torch, to the line that called the layer
             )
             self._pending.clear()
         self._pending.append(PendingLoss(loss, num_tokens, call))
