@@ -39,6 +39,15 @@ class DropPolicy(StrEnum):
     """The highest scores, earlier tokens first among equals. A later token can push out an earlier one."""
 
 
+class Recompute(StrEnum):
+    """What the experts compute again in backward instead of keeping it, to the same bits."""
+
+    NONE = "none"
+    """Nothing: the up projection's output is kept, top_k * U numbers a token (U = 2 * hidden_dim where gated)."""
+    UP = "up"
+    """The up projection: one product of six more, and only the layer's input and the routing are kept."""
+
+
 def option(kind: type[Option], name: str, value: str) -> Option:
     """Return the member of an enum that a user named.
 

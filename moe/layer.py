@@ -50,6 +50,11 @@ class MoE(nn.Module):
         capacity_factor: None is dropless. A number gives every expert room for ``ceil(capacity_factor * T * K / E)``
             assignments and drops the rest.
         drop_policy: what is dropped, see ``moe.config.DropPolicy``.
+        recompute: "none", or "up" to keep only the input and the routing for backward, see ``moe.config.Recompute``.
+        weight_grad_dtype: of the routed experts' gradients; ``torch.float32`` sums up the micro-batches of a bfloat16
+            model exactly. None for the dtype of the parameters.
+        batch_invariant: a token's output does not depend, in any bit, on what else is in its batch (with a capacity it
+            does, on what is dropped). See docs/explanation/determinism.md for what it costs.
         balance: losses and at most one selection bias, as objects or as a mapping of names to options, see
             ``moe.balance.make_balance``. ``()`` for none.
 
@@ -71,6 +76,9 @@ class MoE(nn.Module):
         shared_gate: bool = False,
         capacity_factor: float | None = None,
         drop_policy: str = "probability",
+        recompute: str = "none",
+        weight_grad_dtype: torch.dtype | None = None,
+        batch_invariant: bool = False,
         balance: BalanceSpec = DEFAULT_BALANCE,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -92,10 +100,12 @@ class MoE(nn.Module):
             raise ConfigError(f"router={router!r} must be a name, a mapping with a name, or a Router")
         if not isinstance(router, Router):
             sizes = {"dim": dim, "num_experts": num_experts, "top_k": top_k, "score_bias": self.bias_rule is not None}
-            router = make("router", router, ROUTERS, **sizes, **at)
+            router = make("router", router, ROUTERS, **sizes, batch_invariant=batch_invariant, **at)
         self.router = _fitting(router, dim, num_experts, top_k, self.bias_rule is not None)
-        expert: dict[str, Any] = {"activation": activation, "bias": bias, **at}
-        self.experts = GroupedExperts(num_experts, dim, hidden_dim, **expert)
+        expert: dict[str, Any] = {"activation": activation, "bias": bias, "batch_invariant": batch_invariant, **at}
+        self.experts = GroupedExperts(
+            num_experts, dim, hidden_dim, recompute=recompute, weight_grad_dtype=weight_grad_dtype, **expert
+        )
         self.shared = FeedForward(dim, shared_hidden_dim, gate=shared_gate, **expert) if shared_hidden_dim else None
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.calls = CallLog()

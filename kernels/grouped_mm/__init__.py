@@ -43,12 +43,12 @@ def _register_autograd(op: CustomOpDef, weight_grad: CustomOpDef) -> None:
     op.register_autograd(backward, setup_context=_setup_context)
 
 
-_GROUPED_MM = register("grouped_mm", _fake, reference.grouped_mm, triton_backend.grouped_mm if HAS_TRITON else None)
+_GROUPED_MM = register("grouped_mm", _fake, reference.grouped_mm, triton_backend.grouped_mm_op if HAS_TRITON else None)
 _GROUPED_MM_WEIGHT_GRAD = register(
     "grouped_mm_weight_grad",
     _fake_weight_grad,
     reference.grouped_mm_weight_grad,
-    triton_backend.grouped_mm_weight_grad if HAS_TRITON else None,
+    triton_backend.grouped_mm_weight_grad_op if HAS_TRITON else None,
 )
 for _backend, _op in _GROUPED_MM.items():
     _register_autograd(_op, _GROUPED_MM_WEIGHT_GRAD[_backend])

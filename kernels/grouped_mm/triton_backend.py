@@ -1,198 +1,198 @@
-"""Grouped products on GPUs.
+"""Grouped products on GPUs: the launches. The kernels and their tiles are in the modules next to this one."""
 
-A tile of rows has one expert, so the number of tiles depends on the offsets, which the host does not know. The grid
-has room for the most tiles there can be (at most one partly filled tile a group), and each program finds its tile by
-counting tiles over the offsets. Rows of no expert are one more group, whose tiles are stored as zeros.
-"""
-
-from typing import no_type_check
+from collections.abc import Callable
+from contextvars import copy_context
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-BLOCK_ROWS = 128
-BLOCK_OUT = 128
-BLOCK_IN = 128
-NUM_WARPS = 8
-NUM_STAGES = 3
+from moe.kernels.grouped_mm.triton_product import COLUMN_TILES, grouped_mm_kernel
+from moe.kernels.grouped_mm.triton_tiles import fits_tma, tile_for
+from moe.kernels.grouped_mm.triton_weight_grad import grouped_sum_kernel, weight_grad_kernel
+
+STRIP_TILES = 4  # of a weight's gradient by one program, which then makes its descriptors once for all
+SUM_BLOCK_ROWS = 32
+SUM_BLOCK_DIM = 128
 
 
-def _depth(dtype: torch.dtype) -> int:
-    """Elements of a tile along the summed dimension: three stages of both operands fit in 96 KiB.
+def _with_scratch(device: torch.device, launch: Callable[[], None]) -> None:
+    """Launch kernels that keep descriptors in scratch memory, which Triton asks an allocator for.
 
-    Products of float32 are not for tensor cores but unrolled into the program, which a deep tile would bloat.
+    Triton's allocator is a context variable: set in a copy of the context, it is gone after the launch.
     """
-    return 16 if dtype == torch.float32 else 64
+
+    def run() -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        launch()
+
+    copy_context().run(run)
 
 
-@triton.jit
-@no_type_check
-def _find_tile(tile, expert_offsets, num_rows, num_experts, BLOCK_ROWS: tl.constexpr, BLOCK_GROUPS: tl.constexpr):
-    """The group of a tile, its first row and the end of its group; an empty range past the last tile."""
-    group = tl.arange(0, BLOCK_GROUPS)
-    start = tl.load(expert_offsets + group, mask=group <= num_experts, other=num_rows)
-    end = tl.load(expert_offsets + group + 1, mask=group < num_experts, other=num_rows)
-    last_tile = tl.cumsum((end - start + BLOCK_ROWS - 1) // BLOCK_ROWS, axis=0)
-    mine = tl.sum((last_tile <= tile).to(tl.int32), axis=0)
-    tiles_before = tl.max(tl.where(group < mine, last_tile, 0), axis=0)
-    first = tl.sum(tl.where(group == mine, start, 0), axis=0) + (tile - tiles_before) * BLOCK_ROWS
-    return mine, first, tl.sum(tl.where(group == mine, end, 0), axis=0)
+def _weight_fits_tma(weight: Tensor, depth: int) -> bool:
+    """Whether one descriptor describes all experts' matrices as one, in which no block adds the next expert's."""
+    if weight.stride(2) == 1:
+        return fits_tma(weight) and weight.stride(0) % weight.stride(1) == 0
+    upright = weight.transpose(1, 2)
+    return fits_tma(upright) and weight.stride(0) % weight.stride(2) == 0 and weight.shape[2] % depth == 0
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts"])  # they say nothing about alignment
-@no_type_check
-def _grouped_mm_kernel(
-    rows,
-    weight,
-    expert_offsets,
-    out,
-    num_rows,
-    num_experts,
-    num_in,
-    num_out,
-    weight_stride_expert,
-    weight_stride_out,
-    weight_stride_in,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
-):
-    tiles_across = tl.cdiv(num_out, BLOCK_OUT)
-    # Neighbouring programs share a tile of rows and an expert, so that both are read from the L2 cache.
-    tile = tl.program_id(0) // tiles_across
-    expert, first, end = _find_tile(tile, expert_offsets, num_rows, num_experts, BLOCK_ROWS, BLOCK_GROUPS)
-    if first >= end:
-        return
-    row = first + tl.arange(0, BLOCK_ROWS)
-    column = (tl.program_id(0) % tiles_across) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    depth = tl.arange(0, DEPTH)
-    in_rows = (row < end)[:, None]
-    in_out = (column < num_out)[None, :]
-    total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    if expert < num_experts:
-        a = rows + row.to(tl.int64)[:, None] * num_in + depth[None, :]
-        b = weight + expert.to(tl.int64) * weight_stride_expert
-        b += column.to(tl.int64)[None, :] * weight_stride_out + depth.to(tl.int64)[:, None] * weight_stride_in
-        for done in range(0, num_in, DEPTH):
-            left = num_in - done
-            a_tile = tl.load(a, mask=in_rows & (depth < left)[None, :], other=0.0)
-            b_tile = tl.load(b, mask=in_out & (depth < left)[:, None], other=0.0)
-            total = tl.dot(a_tile, b_tile, total, input_precision="ieee")
-            a += DEPTH
-            b += DEPTH * weight_stride_in
-    target = out + row.to(tl.int64)[:, None] * num_out + column[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), mask=in_rows & in_out)
-
-
-@triton.jit
-@no_type_check
-def _weight_grad_kernel(
-    grad,
-    rows,
-    expert_offsets,
-    out,
-    num_in,
-    num_out,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """One tile of one expert's gradient: the sum over the expert's rows, in their order."""
-    tiles_across = tl.cdiv(num_in, BLOCK_IN)
-    tiles = tl.cdiv(num_out, BLOCK_OUT) * tiles_across
-    expert = tl.program_id(0) // tiles
-    tile = tl.program_id(0) % tiles
-    start = tl.load(expert_offsets + expert)
-    end = tl.load(expert_offsets + expert + 1)
-    column_out = (tile // tiles_across) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    column_in = (tile % tiles_across) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    in_out = (column_out < num_out)[:, None]
-    in_in = (column_in < num_in)[None, :]
-    depth = tl.arange(0, DEPTH)
-    row = (start + depth).to(tl.int64)
-    a = grad + row[None, :] * num_out + column_out[:, None]  # read as its transpose
-    b = rows + row[:, None] * num_in + column_in[None, :]
-    total = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-    for done in range(0, end - start, DEPTH):
-        left = end - start - done
-        a_tile = tl.load(a, mask=in_out & (depth < left)[None, :], other=0.0)
-        b_tile = tl.load(b, mask=in_in & (depth < left)[:, None], other=0.0)
-        total = tl.dot(a_tile, b_tile, total, input_precision="ieee")
-        a += DEPTH * num_out
-        b += DEPTH * num_in
-    target = out + (expert.to(tl.int64) * num_out + column_out)[:, None] * num_in + column_in[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), mask=in_out & in_in)
-
-
-def grouped_mm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+def grouped_mm(
+    rows: Tensor, weight: Tensor, expert_offsets: Tensor, *, tokens: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Multiply each expert's rows by its matrix; see :func:`moe.kernels.grouped_mm.grouped_mm`.
 
     Args:
-        rows: ``(N, I)``, contiguous.
+        rows: ``(N, I)``, contiguous; ``(T, I)`` with ``tokens``.
         weight: ``(E, O, I)``, any strides.
         expert_offsets: ``(E + 1,)`` int32.
+        tokens: ``(N,)`` int32; row i of the product is of ``rows[tokens[i]]``.
+        bias: ``(E, O)``, contiguous; added to the products, not to rows of no expert.
 
     Returns:
         ``(N, O)``, dtype of ``rows``.
     """
-    num_rows, num_in = rows.shape
+    num_rows, num_in = rows.shape if tokens is None else (tokens.shape[0], rows.shape[1])
     num_experts, num_out, _ = weight.shape
     out = rows.new_empty(num_rows, num_out)
     if out.numel() == 0:
         return out
-    # N rows in at most that many non-empty groups: each group adds less than one tile to N / BLOCK_ROWS.
-    most_tiles = num_rows // BLOCK_ROWS + min(num_experts + 1, num_rows)
-    wrap_triton(_grouped_mm_kernel)[(most_tiles * triton.cdiv(num_out, BLOCK_OUT),)](
-        rows,
-        weight,
-        expert_offsets,
-        out,
-        num_rows,
-        num_experts,
-        num_in,
-        num_out,
-        *weight.stride(),
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_OUT=BLOCK_OUT,
-        DEPTH=_depth(rows.dtype),
-        BLOCK_GROUPS=triton.next_power_of_2(num_experts + 1),
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+    tile = tile_for(rows.dtype, num_out)
+    # N rows in at most that many non-empty groups: each group adds less than one tile to N / tile.rows.
+    most_tiles = (num_rows // tile.rows + min(num_experts + 1, num_rows)) * triton.cdiv(num_out, tile.width)
+    programs = torch.cuda.get_device_properties(rows.device).multi_processor_count * tile.per_sm
+    _with_scratch(
+        rows.device,
+        lambda: wrap_triton(grouped_mm_kernel)[(min(most_tiles, programs),)](
+            rows,
+            expert_offsets if tokens is None else tokens,  # pointers are needed, and not read without tokens or bias
+            weight,
+            weight if bias is None else bias,
+            expert_offsets,
+            out,
+            num_rows,
+            num_experts,
+            num_in,
+            num_out,
+            *weight.stride(),
+            GATHER=tokens is not None,
+            HAS_BIAS=bias is not None,
+            ROWS_TMA=tile.tma and tokens is None and fits_tma(rows),
+            WEIGHT_TMA=tile.tma and _weight_fits_tma(weight, tile.depth),
+            BLOCK_ROWS=tile.rows,
+            BLOCK_OUT=tile.width,
+            DEPTH=tile.depth,
+            BLOCK_EXPERTS=triton.next_power_of_2(num_experts),
+            COLUMNS=COLUMN_TILES,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        ),
     )
     return out
 
 
-def grouped_mm_weight_grad(grad: Tensor, rows: Tensor, expert_offsets: Tensor) -> Tensor:
+def grouped_mm_weight_grad(
+    grad: Tensor,
+    rows: Tensor,
+    expert_offsets: Tensor,
+    *,
+    grad_tokens: Tensor | None = None,
+    row_tokens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """The gradient of ``weight`` in :func:`grouped_mm`: ``grad[e's rows].T @ rows[e's rows]``.
 
     Args:
-        grad: ``(N, O)``, contiguous.
-        rows: ``(N, I)``, contiguous.
+        grad: ``(N, O)``, contiguous; ``(T, O)`` with ``grad_tokens``.
+        rows: ``(N, I)``, contiguous; ``(T, I)`` with ``row_tokens``.
         expert_offsets: ``(E + 1,)`` int32.
+        grad_tokens: ``(N,)`` int32; row i is ``grad[grad_tokens[i]]``. Not together with ``row_tokens``.
+        row_tokens: ``(N,)`` int32; row i is ``rows[row_tokens[i]]``.
+        out_dtype: of the result; the dtype of ``rows`` if None. Sums are float32 in any case.
 
     Returns:
-        ``(E, O, I)``, dtype of ``rows``; zero for an expert without rows.
+        ``(E, O, I)``; zero for an expert without rows.
     """
-    num_experts, num_out, num_in = expert_offsets.shape[0] - 1, grad.shape[1], rows.shape[1]
-    out = rows.new_empty(num_experts, num_out, num_in)
+    assert grad_tokens is None or row_tokens is None
+    num_experts = expert_offsets.shape[0] - 1
+    out = rows.new_empty(num_experts, grad.shape[1], rows.shape[1], dtype=out_dtype)
     if out.numel() == 0:
         return out
-    tiles = triton.cdiv(num_out, BLOCK_OUT) * triton.cdiv(num_in, BLOCK_IN)
-    wrap_triton(_weight_grad_kernel)[(num_experts * tiles,)](
-        grad,
-        rows,
-        expert_offsets,
-        out,
-        num_in,
-        num_out,
-        BLOCK_OUT=BLOCK_OUT,
-        BLOCK_IN=BLOCK_IN,
-        DEPTH=_depth(rows.dtype),
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+    # The left operand may be gathered: it has the narrower side of a tile, so fewer addresses.
+    left, right, tokens = (grad, rows, grad_tokens) if row_tokens is None else (rows, grad, row_tokens)
+    tile = tile_for(rows.dtype, right.shape[1])
+    strip = STRIP_TILES if tile.tma else 1
+    tiles = triton.cdiv(left.shape[1], tile.rows) * triton.cdiv(right.shape[1], tile.width)
+    _with_scratch(
+        rows.device,
+        lambda: wrap_triton(weight_grad_kernel)[(num_experts * triton.cdiv(tiles, strip),)](
+            left,
+            expert_offsets if tokens is None else tokens,  # a pointer is needed, and not read
+            right,
+            expert_offsets,
+            out,
+            left.shape[1],
+            right.shape[1],
+            TRANSPOSED=row_tokens is not None,
+            GATHER=tokens is not None,
+            LEFT_TMA=tile.tma and tokens is None and fits_tma(left),
+            RIGHT_TMA=tile.tma and fits_tma(right),
+            BLOCK_LEFT=tile.rows,
+            BLOCK_RIGHT=tile.width,
+            DEPTH=tile.depth,
+            STRIP=strip,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        ),
     )
     return out
+
+
+def grouped_sum(
+    rows: Tensor,
+    expert_offsets: Tensor,
+    *,
+    tokens: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The sum of each expert's rows, in their order: the gradient of a bias.
+
+    Args:
+        rows: ``(N, O)``, contiguous; ``(T, O)`` with ``tokens``.
+        expert_offsets: ``(E + 1,)`` int32.
+        tokens: ``(N,)`` int32; row i is ``rows[tokens[i]]``.
+        row_weights: ``(N,)`` float32; row i is multiplied by ``row_weights[i]``.
+        out_dtype: of the result; the dtype of ``rows`` if None. Sums are float32 in any case.
+
+    Returns:
+        ``(E, O)``; zero for an expert without rows.
+    """
+    num_experts, dim = expert_offsets.shape[0] - 1, rows.shape[1]
+    out = rows.new_empty(num_experts, dim, dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    wrap_triton(grouped_sum_kernel)[(num_experts, triton.cdiv(dim, SUM_BLOCK_DIM))](
+        rows,
+        expert_offsets if tokens is None else tokens,  # pointers are needed, and not read
+        expert_offsets if row_weights is None else row_weights,
+        expert_offsets,
+        out,
+        dim,
+        GATHER=tokens is not None,
+        WEIGHTED=row_weights is not None,
+        BLOCK_ROWS=SUM_BLOCK_ROWS,
+        BLOCK_DIM=SUM_BLOCK_DIM,
+    )
+    return out
+
+
+def grouped_mm_op(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+    """:func:`grouped_mm` with the arguments of the registered op."""
+    return grouped_mm(rows, weight, expert_offsets)
+
+
+def grouped_mm_weight_grad_op(grad: Tensor, rows: Tensor, expert_offsets: Tensor) -> Tensor:
+    """:func:`grouped_mm_weight_grad` with the arguments of the registered op."""
+    return grouped_mm_weight_grad(grad, rows, expert_offsets)

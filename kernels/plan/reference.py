@@ -1,10 +1,12 @@
 """The plan in PyTorch and NumPy: the definition, and the path of the CPU."""
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, ShapeError
 
 
 def make_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,3 +40,19 @@ def make_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     rows = torch.empty_like(ids)
     rows[order] = torch.arange(ids.numel(), dtype=torch.int32)
     return order.int(), expert_offsets, rows.masked_fill_(is_none, -1).view_as(expert_ids)
+
+
+def checked_offsets(expert_offsets: Tensor, num_rows: int) -> list[int]:
+    """Read the offsets of a plan.
+
+    Args:
+        expert_offsets: ``(E + 1,)`` int32, on the CPU.
+        num_rows: N.
+
+    Raises:
+        ShapeError: they do not ascend from 0 to at most N.
+    """
+    offsets: list[int] = expert_offsets.tolist()
+    if offsets[0] != 0 or offsets[-1] > num_rows or any(end < start for start, end in pairwise(offsets)):
+        raise ShapeError(f"expert_offsets={offsets} must start at 0 and ascend to at most {num_rows}, the rows")
+    return offsets

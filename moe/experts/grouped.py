@@ -1,4 +1,4 @@
-"""The routed experts: all of them in two grouped products.
+"""The routed experts: all of them in one operation.
 
 Sizes: T tokens, D dim, E experts, F hidden_dim, U = 2F where gated else F, K experts per token, N = T * K rows.
 """
@@ -9,13 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moe.config import Activation, option, require_positive_integer
-from moe.errors import DtypeError
-from moe.experts.activation import activate
+from moe.config import Activation, Recompute, option, require_positive_integer
+from moe.experts.operands import in_one_dtype
 from moe.init import fan_in_normal_
-from moe.kernels.combine import combine_rows
-from moe.kernels.gather import gather_rows
-from moe.kernels.grouped_mm import grouped_mm
+from moe.kernels.experts import run_experts
 from moe.kernels.plan import make_plan
 from moe.types import Routing
 
@@ -30,6 +27,11 @@ class GroupedExperts(nn.Module):
         hidden_dim: F.
         activation: see ``moe.config.Activation``.
         bias: add a bias to both products.
+        recompute: see ``moe.config.Recompute``.
+        weight_grad_dtype: of the parameters' gradients, where it is not that of the parameters: float32 sums up
+            micro-batches of a bfloat16 model without rounding each. Also set as the parameters' ``grad_dtype``.
+        batch_invariant: a token's output does not depend, in any bit, on what else is in its batch. On a GPU it never
+            does; on the CPU this has a price.
 
     Weights:
         ``up_weight (E, U, D)``, the gate's F rows first; ``down_weight (E, D, F)``; with ``bias`` also ``up_bias (E,
@@ -45,12 +47,17 @@ class GroupedExperts(nn.Module):
         *,
         activation: str = "swiglu",
         bias: bool = False,
+        recompute: str = "none",
+        weight_grad_dtype: torch.dtype | None = None,
+        batch_invariant: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         require_positive_integer(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
         self.activation = option(Activation, "activation", activation)
+        self.recompute = option(Recompute, "recompute", recompute)
+        self.weight_grad_dtype, self.batch_invariant = weight_grad_dtype, batch_invariant
         up_dim = hidden_dim * (2 if self.activation.is_gated else 1)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -60,6 +67,9 @@ class GroupedExperts(nn.Module):
         self.down_weight = parameter(dim, hidden_dim)
         self.up_bias = parameter(up_dim) if bias else None
         self.down_bias = parameter(dim) if bias else None
+        if weight_grad_dtype is not None:
+            for each in self.parameters():
+                each.grad_dtype = weight_grad_dtype
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -80,35 +90,14 @@ class GroupedExperts(nn.Module):
         Raises:
             DtypeError: tokens and parameters differ in dtype outside autocast.
         """
-        x, up_weight, down_weight, up_bias, down_bias = self._in_one_dtype(x)
-        plan = make_plan(routing.expert_ids, up_weight.shape[0])
-        rows = gather_rows(x, plan)
-        up = _project(rows, up_weight, up_bias, plan.expert_offsets)
-        down = _project(activate(up, self.activation), down_weight, down_bias, plan.expert_offsets)
-        return combine_rows(down, routing.weights, plan)
-
-    def _in_one_dtype(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The tokens and the parameters, cast where autocast asks for it."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
-            dtype = torch.get_autocast_dtype(device)
-        elif x.dtype == self.up_weight.dtype:
-            dtype = x.dtype
-        else:
-            raise DtypeError(
-                f"x is {x.dtype} but the experts' weights are {self.up_weight.dtype}; "
-                "convert one of them, or use autocast"
-            )
-        up_bias = None if self.up_bias is None else self.up_bias.to(dtype)
-        down_bias = None if self.down_bias is None else self.down_bias.to(dtype)
-        return x.to(dtype), self.up_weight.to(dtype), self.down_weight.to(dtype), up_bias, down_bias
-
-
-def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
-    """Each row times its expert's matrix, plus its expert's bias; ``(N, in)`` to ``(N, out)``."""
-    out = grouped_mm(rows, weight, expert_offsets)
-    if bias is None:
-        return out
-    # A bias is a weight on an input of 1. So written, its gradient is a grouped product too: a sum in fixed order,
-    # where indexing the bias by row would sum with atomics on a GPU.
-    return out + grouped_mm(torch.ones_like(rows[:, :1]), bias.unsqueeze(-1), expert_offsets)
+        x, *parameters = in_one_dtype(x, self.up_weight, self.down_weight, self.up_bias, self.down_bias)
+        return run_experts(
+            x,
+            routing.weights,
+            make_plan(routing.expert_ids, self.up_weight.shape[0]),
+            *parameters,
+            activation=self.activation,
+            recompute_up=self.recompute is Recompute.UP,
+            weight_grad_dtype=self.weight_grad_dtype if x.dtype == self.up_weight.dtype else None,
+            batch_invariant=self.batch_invariant,
+        )

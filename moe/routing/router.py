@@ -5,7 +5,6 @@ Sizes: T tokens, D dim, E experts, K experts per token.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from moe.config import require_positive, require_positive_integer, require_top_k
 from moe.errors import ConfigError
 from moe.init import fan_in_normal_
+from moe.kernels.route import ScoreFunction, check_groups, choose, route, weigh, weights_of
+from moe.kernels.route.logits import router_logits
 from moe.types import Routing
 
 Replay = Callable[[Tensor, Tensor], Tensor]
@@ -25,10 +26,13 @@ class Router(nn.Module, ABC):
     """A linear map from tokens to experts, and a decision made from its logits.
 
     Logits, scores, selection and weights are computed in float32 whatever the dtype of the layer or of autocast, since
-    a bfloat16 logit has 8 bits and flips decisions between near experts. (In a float64 layer all of it is float64. On
-    a GPU, ``torch.set_float32_matmul_precision`` below "highest" lets PyTorch compute the logits' product in TF32.)
+    a bfloat16 logit has 8 bits and flips decisions between near experts. (In a float64 layer all of it is float64.)
 
     Ties go to the expert with the lower id, so that a decision does not depend on the device.
+
+    A subclass with scores of its own overrides ``score``, one with a decision of its own ``select`` or ``weigh``; these
+    then run as the PyTorch code that they are. A router that names a ``score_function`` and overrides none of them runs
+    as one fused operation instead.
 
     Args:
         dim: D.
@@ -39,16 +43,28 @@ class Router(nn.Module, ABC):
         scale: factor on the weights (``routed_scaling_factor`` in DeepSeek's models).
         score_bias: keep a bias per expert that is added to the scores for *selection* only (arXiv 2408.15664). It is a
             buffer, stays float32 under any ``.to(dtype)``, and is moved by ``moe.balance_step``.
+        num_groups: the experts form this many groups of consecutive ids, and a token chooses within the ``top_groups``
+            whose two best scores, biases included, have the largest sum (DeepSeek-V3, arXiv 2412.19437, section 2.1.2:
+            a group there is a node, so that a token reaches few of them). None: no groups.
+        top_groups: see ``num_groups``.
+        batch_invariant: a token's logits are the same bits whatever else is in the batch. On a GPU they are in any
+            case; on the CPU it makes their product slower.
 
     Raises:
-        ConfigError: sizes that are not positive, top_k of 0 or above num_experts, normalize=True with top_k=1.
+        ConfigError: sizes that are not positive, top_k of 0 or above num_experts, normalize=True with top_k=1, groups
+            that do not divide num_experts or whose best hold less than top_k experts.
 
     Init:
         ``weight (E, D)``: truncated normal of standard deviation sqrt(0.1 / D), see ``moe.init``.
     """
 
+    score_function: ClassVar[ScoreFunction | None] = None
+    """What ``score`` computes, where the library knows it."""
+
     selects_by_score: ClassVar[bool] = False
     """Select on scores even without a bias, where a router is defined that way."""
+
+    _is_fused: ClassVar[bool] = False
 
     weight: nn.Parameter
     score_bias: Tensor | None
@@ -62,6 +78,9 @@ class Router(nn.Module, ABC):
         normalize: bool | None = None,
         scale: float = 1.0,
         score_bias: bool = False,
+        num_groups: int | None = None,
+        top_groups: int | None = None,
+        batch_invariant: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -69,6 +88,7 @@ class Router(nn.Module, ABC):
         require_positive_integer(dim=dim)
         require_positive(scale=scale)
         require_top_k(top_k, num_experts)
+        check_groups(num_experts, top_k, num_groups, top_groups)
         if normalize and top_k == 1:
             raise ConfigError(
                 "normalize=True with top_k=1 makes every weight 1, so the router would learn nothing; "
@@ -76,10 +96,19 @@ class Router(nn.Module, ABC):
             )
         self.dim, self.num_experts, self.top_k, self.scale = dim, num_experts, top_k, scale
         self.normalize = top_k > 1 if normalize is None else normalize
+        self.num_groups, self.top_groups, self.batch_invariant = num_groups, top_groups, batch_invariant
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if score_bias else None
         self.register_buffer("score_bias", bias)
         self.reset_parameters()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Fuse what names its score function, and nothing that overrides a part of the decision without naming it."""
+        super().__init_subclass__(**options)
+        if "score_function" in vars(cls):
+            cls._is_fused = cls.score_function is not None
+        elif not vars(cls).keys().isdisjoint(("score", "select", "weigh")):
+            cls._is_fused = False
 
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to zero."""
@@ -110,24 +139,49 @@ class Router(nn.Module, ABC):
             The decision; gradients flow through ``weights``, ``scores`` and ``logits``.
         """
         logits = self.logits(x)
+        decide = self._decide_fused if self._is_fused else self._decide_in_steps
+        expert_ids, weights, scores = decide(logits, token_mask, replay)
+        return Routing(expert_ids, weights, scores, logits, token_mask)
+
+    def logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
+        """Router outputs in float32 (float64 for float64 tokens), outside any autocast."""
+        return router_logits(x, self.weight, batch_invariant=self.batch_invariant)
+
+    def _decide_in_steps(
+        self, logits: Tensor, token_mask: Tensor | None, replay: Replay | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, weights and scores by the methods below."""
         scores = self.score(logits)
         expert_ids = self.select(logits.detach(), scores.detach())
         if token_mask is not None:
             expert_ids = expert_ids.masked_fill(~token_mask[:, None], -1)
         if replay is not None:
             expert_ids = replay(expert_ids, scores.detach())
-        return Routing(expert_ids, self.weigh(scores, expert_ids), scores, logits, token_mask)
+        return expert_ids, self.weigh(scores, expert_ids), scores
 
-    def logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
-        """Router outputs in float32 (float64 for float64 tokens), outside any autocast."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        device = x.device.type
-        # Not every device knows autocast (meta does not).
-        autocast_off = (
-            torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    def _decide_fused(
+        self, logits: Tensor, token_mask: Tensor | None, replay: Replay | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by one operation; a replayed decision is weighed by a second one."""
+        weighting: dict[str, Any] = {
+            "score_function": self.score_function,
+            "normalize": self.normalize,
+            "scale": self.scale,
+        }
+        expert_ids, weights, scores = route(
+            logits if replay is None else logits.detach(),
+            self.top_k,
+            **weighting,
+            score_bias=self.score_bias,
+            token_mask=token_mask,
+            by_score=self.selects_by_score,
+            num_groups=self.num_groups,
+            top_groups=self.top_groups,
         )
-        with autocast_off:
-            return nn.functional.linear(x.to(dtype), self.weight.to(dtype))
+        if replay is not None:
+            expert_ids = replay(expert_ids, scores)
+            weights, scores = weigh(logits, expert_ids, **weighting)
+        return expert_ids, weights, scores
 
     def select(self, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"]) -> Int[Tensor, "T K"]:
         """Choose K experts for each token, best first.
@@ -135,18 +189,12 @@ class Router(nn.Module, ABC):
         Without a bias the order of the logits decides (but for ``selects_by_score``), which keeps apart what scores
         round to the same value: a sigmoid of 20 and of 25 are both 1 in float32.
         """
-        keys = scores if self.selects_by_score else logits
-        if self.score_bias is not None:
-            keys = scores + self.score_bias
-        return top_k_lowest_id_first(keys, self.top_k)
+        by_score, groups = self.selects_by_score, (self.num_groups or 1, self.top_groups or 1)
+        return choose(logits, scores, self.score_bias, self.top_k, by_score, *groups)
 
     def weigh(self, scores: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
         """Weights of the chosen experts: their scores without the bias, normalised if asked, scaled; 0 for none."""
-        chosen = scores.gather(1, expert_ids.clamp(min=0).long()).masked_fill(expert_ids < 0, 0.0)
-        if self.normalize:
-            # The floor matters only where every chosen score is 0 or has underflowed; it is the smallest normal number.
-            chosen = chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
-        return chosen * self.scale
+        return weights_of(scores, expert_ids, self.normalize, self.scale)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Router":
         """Move as any module does, but keep the bias in float32: steps of 0.001 vanish in bfloat16."""
@@ -169,11 +217,6 @@ class Router(nn.Module, ABC):
         bias = self.score_bias is not None
         return (
             f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, normalize={self.normalize}, "
-            f"scale={self.scale}, score_bias={bias}"
+            f"scale={self.scale}, score_bias={bias}, num_groups={self.num_groups}, top_groups={self.top_groups}, "
+            f"batch_invariant={self.batch_invariant}"
         )
-
-
-def top_k_lowest_id_first(keys: Float[Tensor, "T E"], k: int) -> Int[Tensor, "T K"]:
-    """The columns of the ``k`` largest keys of each row, largest first, equal keys by rising column; int32."""
-    order = torch.sort(keys, dim=-1, descending=True, stable=True).indices
-    return order[:, :k].int()

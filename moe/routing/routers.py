@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from moe.errors import ConfigError
+from moe.kernels.route import ScoreFunction
 from moe.routing.router import Router
 
 
@@ -23,9 +24,11 @@ class SoftmaxRouter(Router):
     DeepSeekMoE (arXiv 2401.06066, equations 3-5) without.
     """
 
+    score_function = ScoreFunction.SOFTMAX
+
     def score(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """Softmax over experts."""
-        return logits.softmax(-1)
+        return self.score_function.of(logits)
 
 
 @final
@@ -35,9 +38,11 @@ class SigmoidRouter(Router):
     Source: DeepSeek-V3 (arXiv 2412.19437, equations 13-15), which normalises over the kept experts.
     """
 
+    score_function = ScoreFunction.SIGMOID
+
     def score(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """Sigmoid of each logit."""
-        return logits.sigmoid()
+        return self.score_function.of(logits)
 
 
 @final
@@ -48,6 +53,7 @@ class SwitchRouter(Router):
     probabilities, the first of equals, as that paper has it.
     """
 
+    score_function = ScoreFunction.SOFTMAX
     selects_by_score = True
 
     def __init__(
@@ -58,16 +64,18 @@ class SwitchRouter(Router):
         *,
         scale: float = 1.0,
         score_bias: bool = False,
+        batch_invariant: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if top_k != 1:
             raise ConfigError(f"the router 'switch' sends each token to one expert, but top_k={top_k}; set top_k=1")
-        super().__init__(dim, num_experts, top_k, scale=scale, score_bias=score_bias, device=device, dtype=dtype)
+        options: dict[str, Any] = {"scale": scale, "score_bias": score_bias, "batch_invariant": batch_invariant}
+        super().__init__(dim, num_experts, top_k, **options, device=device, dtype=dtype)
 
     def score(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """Softmax over experts."""
-        return logits.softmax(-1)
+        return self.score_function.of(logits)
 
 
 ROUTERS: dict[str, Callable[..., Router]] = {

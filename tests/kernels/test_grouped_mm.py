@@ -1,12 +1,15 @@
 """Grouped products on the CPU against every row times every expert, masked; value and both gradients."""
 
+from importlib.util import find_spec
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe.errors import DtypeError, ShapeError
+from moe.errors import ConfigError, DtypeError, ShapeError
 from moe.kernels.grouped_mm import grouped_mm
 from moe.kernels.plan import make_plan
 from moe.types import Plan
@@ -95,3 +98,59 @@ def offsets_of(*values: int) -> Tensor:
 def test_refuses(rows: Tensor, weight: Tensor, offsets: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         grouped_mm(rows, weight, offsets)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the tiles are Triton's")
+class TestTiles:
+    @pytest.mark.parametrize(
+        ("backend", "arch", "family"),
+        [
+            ("cuda", 75, None),
+            ("cuda", 80, "ampere"),
+            ("cuda", 89, "ampere"),
+            ("cuda", 90, "hopper"),
+            ("cuda", 100, "blackwell"),
+            ("cuda", 103, "blackwell"),
+            ("cuda", 120, "ampere"),
+            ("hip", "gfx942", "cdna"),
+            ("hip", "gfx90a:sramecc+:xnack-", "cdna"),
+            ("hip", "gfx1100", None),
+            ("xpu", "pvc", None),
+        ],
+    )
+    def test_family(self, backend: str, arch: int | str, family: str | None) -> None:
+        from moe.kernels.grouped_mm.triton_tiles import family_of
+
+        assert family_of(backend, arch) == family
+
+    def simulate(self, monkeypatch: pytest.MonkeyPatch, arch: int, shared_memory: int) -> None:
+        import triton
+
+        driver = SimpleNamespace(
+            get_current_target=lambda: SimpleNamespace(backend="cuda", arch=arch),
+            get_current_device=lambda: 0,
+            utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": shared_memory}),
+        )
+        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+
+    def test_a_gpu_without_kernels_is_refused_by_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from moe.kernels.grouped_mm.triton_tiles import gpu_family
+
+        self.simulate(monkeypatch, 75, 65_536)
+        with pytest.raises(ConfigError, match=r"cuda GPU of architecture 75; .* capability 8\.0 .* to the CPU"):
+            gpu_family()
+
+    def test_a_part_with_less_shared_memory_gets_smaller_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from moe.kernels.grouped_mm.triton_tiles import gpu_family
+
+        self.simulate(monkeypatch, 90, 232_448)
+        assert gpu_family() == "hopper"
+        self.simulate(monkeypatch, 90, 101_376)
+        assert gpu_family() == "ampere"
+
+    def test_the_narrowest_tile_that_holds_a_width(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from moe.kernels.grouped_mm.triton_tiles import tile_for
+
+        self.simulate(monkeypatch, 80, 166_912)
+        assert [tile_for(torch.bfloat16, width).width for width in (1, 64, 65, 129, 4096)] == [64, 64, 128, 256, 256]
+        assert [tile_for(torch.float32, width).width for width in (1, 64, 65, 4096)] == [64, 64, 128, 128]

@@ -163,8 +163,8 @@ def _third_parties(item: Import, module: str, package: str) -> Iterator[Violatio
         if within(item.target, name) and package not in packages:
             who = sorted(packages) or "examples/ and benchmarks/"
             yield Violation(name, item.line, f"only {who} may import {name}")
-    if within(item.target, "triton") and not module.endswith(".triton_backend"):
-        yield Violation("triton", item.line, "only triton_backend.py files may import triton")
+    if within(item.target, "triton") and not module.rpartition(".")[2].startswith("triton_"):
+        yield Violation("triton", item.line, "only triton_*.py files may import triton")
     if within(item.target, "torch") and package == "serving" and module != SERVING_ADAPTER:
         yield Violation("serving", item.line, f"only {SERVING_ADAPTER} may import torch")
 

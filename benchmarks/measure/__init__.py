@@ -1,0 +1,1 @@
+"""How it is measured: time, bytes kept, peak memory, error, and the machine."""

@@ -1,0 +1,116 @@
+"""Which GPUs the grouped products run on, and the tile each of them gets.
+
+A tile is a pure function of the GPU, the dtype and the widths, never of the number of rows: a row is then summed in the
+same order whatever else is in its batch, and gets the same bits (batch invariance).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from moe.errors import ConfigError
+
+SUPPORTED = "NVIDIA from compute capability 8.0 (Ampere) on, and AMD gfx90a, gfx942 and gfx950"
+AMD_ARCHS = ("gfx90a", "gfx942", "gfx950")  # with matrix cores for bfloat16 and float16
+TMA_ALIGNMENT = 16  # bytes, of the start and of every stride but the last
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program computes a block of a product.
+
+    Attributes:
+        rows: height of the block: rows of a product, or the features of the left operand of a weight's gradient.
+        width: its width: the features of the output, or of the right operand.
+        depth: elements of the summed dimension a step.
+        warps: of a program.
+        stages: steps in flight, counting the one that is computed.
+        tma: operands that are not gathered are fetched by the tensor memory accelerator where they are aligned.
+        per_sm: programs that one multiprocessor holds.
+    """
+
+    rows: int
+    width: int
+    depth: int
+    warps: int
+    stages: int
+    tma: bool = False
+    per_sm: int = 1
+
+
+# By width, the widest first. The others are for layers that would leave most of a wide tile empty. 128 x 256 because
+# a smaller one cannot feed the tensor cores of Hopper: shared memory then moves more bytes than it can.
+_AMPERE = (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 4, 4, per_sm=2), Tile(128, 64, 32, 4, 4, per_sm=3))
+_HOPPER = (
+    Tile(128, 256, 64, 8, 4, tma=True),
+    Tile(128, 128, 64, 8, 3, tma=True, per_sm=2),
+    Tile(128, 64, 64, 4, 3, tma=True, per_sm=3),
+)
+_BLACKWELL = _HOPPER
+_CDNA = (Tile(128, 256, 32, 8, 2), Tile(128, 128, 32, 4, 2, per_sm=2), Tile(128, 64, 32, 4, 2, per_sm=2))
+# Products of float32 are not for tensor cores but unrolled into the program, which a deep tile would bloat.
+_FLOAT32 = (Tile(128, 128, 16, 8, 3), Tile(128, 64, 16, 4, 3, per_sm=2))
+
+
+def family_of(backend: str, arch: int | str) -> str | None:
+    """Name the family of GPUs with one list of tiles, None for one that is not supported.
+
+    Args:
+        backend: as Triton calls it, "cuda" or "hip".
+        arch: compute capability times ten, or the name of an AMD architecture.
+    """
+    if backend == "hip":
+        return "cdna" if str(arch).split(":")[0] in AMD_ARCHS else None
+    if backend != "cuda" or int(arch) < 80:
+        return None
+    if int(arch) == 90:
+        return "hopper"
+    return "blackwell" if 100 <= int(arch) < 120 else "ampere"  # 12.x, the consumers' Blackwell, has no tcgen05
+
+
+def tiles_of(family: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """All tiles that a family of GPUs may get, the widest first."""
+    if dtype == torch.float32:
+        return _FLOAT32
+    return {"ampere": _AMPERE, "hopper": _HOPPER, "blackwell": _BLACKWELL, "cdna": _CDNA}[family]
+
+
+def operand_bytes(tile: Tile, dtype: torch.dtype) -> int:
+    """Shared memory for a tile's operands, the bulk of what a program takes."""
+    return (tile.rows + tile.width) * tile.depth * tile.stages * dtype.itemsize
+
+
+def gpu_family() -> str:
+    """The family of the current GPU; does not synchronise.
+
+    Raises:
+        ConfigError: there are no kernels for this GPU.
+    """
+    driver = triton.runtime.driver.active
+    target = driver.get_current_target()
+    family = family_of(target.backend, target.arch)
+    if family is None:
+        raise ConfigError(
+            f"device is a {target.backend} GPU of architecture {target.arch}; the kernels run on {SUPPORTED}: "
+            "move the layer and its input to the CPU, or use one of those"
+        )
+    if family in ("hopper", "blackwell"):  # a part with less shared memory than a data centre's gets Ampere's tiles
+        held = driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"]
+        widest = tiles_of(family, torch.bfloat16)[0]
+        family = family if operand_bytes(widest, torch.bfloat16) < held else "ampere"
+    return family
+
+
+def tile_for(dtype: torch.dtype, width: int) -> Tile:
+    """The tile for a block's width on the current GPU: the narrowest that holds it, or the widest."""
+    tiles = tiles_of(gpu_family(), dtype)
+    return next((tile for tile in reversed(tiles) if tile.width >= width), tiles[0])
+
+
+def fits_tma(tensor: Tensor) -> bool:
+    """Whether the tensor memory accelerator can fetch blocks of a tensor: its last dimension dense, the rest aligned."""
+    *outer, last = tensor.stride()
+    steps = (*outer, tensor.storage_offset())
+    return last == 1 and all(step * tensor.itemsize % TMA_ALIGNMENT == 0 for step in steps)

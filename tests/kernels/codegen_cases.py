@@ -1,0 +1,118 @@
+"""Launches at the standard shape, for whoever looks at the machine code; nothing here is run on a GPU.
+
+Each case makes its own ``device="cuda"`` tensors and calls launch functions of a ``triton_backend.py``: under a driver
+that compiles and does not launch, on any machine. To add one, write a function and its line in ``CASES``.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe.kernels.combine import triton_backend as combine
+from moe.kernels.gather import triton_backend as gather
+from moe.kernels.grouped_mm import triton_backend as products
+from moe.kernels.plan import triton_backend as plan
+
+EXPERTS, TOP_K, TOKENS, DIM, HIDDEN = 128, 8, 8192, 2048, 1024
+ROWS = TOKENS * TOP_K
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, device="cuda", dtype=dtype)
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.zeros(shape, device="cuda", dtype=torch.int32)
+
+
+def offsets() -> Tensor:
+    return integers(EXPERTS + 1)
+
+
+def forward(num_out: int = HIDDEN) -> None:
+    products.grouped_mm(empty(ROWS, DIM), empty(EXPERTS, num_out, DIM), offsets())
+
+
+def forward_gather(num_out: int = HIDDEN) -> None:
+    products.grouped_mm(empty(TOKENS, DIM), empty(EXPERTS, num_out, DIM), offsets(), tokens=integers(ROWS))
+
+
+def forward_gather_bias() -> None:
+    rows, weight, bias = empty(TOKENS, DIM), empty(EXPERTS, HIDDEN, DIM), empty(EXPERTS, HIDDEN)
+    products.grouped_mm(rows, weight, offsets(), tokens=integers(ROWS), bias=bias)
+
+
+def input_gradient(num_in: int = DIM) -> None:
+    products.grouped_mm(empty(ROWS, HIDDEN), empty(EXPERTS, HIDDEN, num_in).transpose(1, 2), offsets())
+
+
+def weight_gradient(num_in: int = DIM) -> None:
+    products.grouped_mm_weight_grad(empty(ROWS, HIDDEN), empty(ROWS, num_in), offsets())
+
+
+def weight_gradient_gather_rows(num_out: int = HIDDEN) -> None:
+    grad, rows = empty(ROWS, num_out), empty(TOKENS, DIM)
+    products.grouped_mm_weight_grad(grad, rows, offsets(), row_tokens=integers(ROWS))
+
+
+def weight_gradient_gather_grad() -> None:
+    grad, rows = empty(TOKENS, HIDDEN), empty(ROWS, DIM)
+    products.grouped_mm_weight_grad(grad, rows, offsets(), grad_tokens=integers(ROWS), out_dtype=torch.float32)
+
+
+def bias_gradient() -> None:
+    weights = empty(ROWS, dtype=torch.float32)
+    products.grouped_sum(empty(TOKENS, DIM), offsets(), tokens=integers(ROWS), row_weights=weights)
+
+
+def make_plan() -> None:
+    plan.make_plan(integers(TOKENS, TOP_K), EXPERTS)
+
+
+def gather_rows() -> None:
+    gather.gather_rows(empty(TOKENS, DIM), integers(ROWS), integers(TOKENS, TOP_K))
+
+
+def combine_rows() -> None:
+    weights = empty(TOKENS, TOP_K, dtype=torch.float32)
+    combine.combine_rows(empty(ROWS, DIM), weights, integers(TOKENS, TOP_K), integers(ROWS), offsets())
+
+
+def combine_backward() -> None:
+    weights = empty(TOKENS, TOP_K, dtype=torch.float32)
+    combine.combine_rows_backward(empty(TOKENS, DIM), empty(ROWS, DIM), weights, integers(ROWS), offsets())
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "forward": forward,
+    "forward gather": forward_gather,
+    "input gradient": input_gradient,
+    "weight gradient": weight_gradient,
+    "weight gradient gather rows": weight_gradient_gather_rows,
+    "weight gradient gather grad": weight_gradient_gather_grad,
+    "bias gradient": bias_gradient,
+    "plan": make_plan,
+    "gather": gather_rows,
+    "combine": combine_rows,
+    "combine backward": combine_backward,
+}
+
+# The same kernels with tiles that the standard shape does not choose.
+OTHER_TILES: dict[str, Callable[[], None]] = {
+    "forward gather, bias": forward_gather_bias,
+    **{f"forward, {width} wide": lambda width=width: forward(width) for width in (128, 64)},
+    **{f"forward gather, {width} wide": lambda width=width: forward_gather(width) for width in (128, 64)},
+    **{f"input gradient, {width} wide": lambda width=width: input_gradient(width) for width in (128, 64)},
+    **{f"weight gradient, {width} wide": lambda width=width: weight_gradient(width) for width in (128, 64)},
+    **{
+        f"weight gradient gather rows, {width} wide": lambda width=width: weight_gradient_gather_rows(width)
+        for width in (128, 64)
+    },
+}
+
+
+def all_cases() -> None:
+    """Every case at the standard shape, in order."""
+    for case in CASES.values():
+        case()
