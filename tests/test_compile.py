@@ -6,30 +6,45 @@ import sys
 import pytest
 
 SCRIPT = """
-import torch, moe
-torch.manual_seed(0)
-layer = moe.MoE(16, 8, 4, 2, bias=True, shared_hidden_dim=8, balance=[moe.SquaredDeviation(), moe.ScoreBias()])
-compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+import sys
 
-def step(call, x):
-    y = call(x)
-    (y.square().sum() + moe.balance_loss(layer)).backward()
+import torch, moe
+from torch._dynamo.testing import CompileCounterWithBackend
+
+torch.manual_seed(0)
+backend, recompute = sys.argv[1:]
+balance = [moe.SquaredDeviation(), moe.ScoreBias()]
+layer = moe.MoE(16, 8, 4, 2, bias=True, shared_hidden_dim=8, balance=balance, recompute=recompute)
+counter = CompileCounterWithBackend(backend)
+compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+
+def step(call, batches):
+    for x in batches:  # micro-batches
+        y = call(x)
+        (y.square().sum() + moe.balance_loss(layer)).backward()
     gradients = [p.grad.clone() for p in layer.parameters()]
     layer.zero_grad()
     return y, gradients, moe.balance_step(layer, skipped=True)[""].tokens_per_expert
 
-for tokens in (12, 12, 7):
-    x = torch.randn(tokens, 16)
-    y, gradients, counts = step(layer, x)
-    y_compiled, gradients_compiled, counts_compiled = step(compiled, x)
+compilations = []
+for sizes in ((12,), (7,), (33, 12, 20), (50, 64), (3,), (40,), (9, 9)):
+    batches = [torch.randn(tokens, 16) for tokens in sizes]
+    y, gradients, counts = step(layer, batches)
+    y_compiled, gradients_compiled, counts_compiled = step(compiled, batches)
     torch.testing.assert_close(y_compiled, y)
     torch.testing.assert_close(gradients_compiled, gradients)
     assert torch.equal(counts_compiled, counts), (counts_compiled, counts)
+    compilations.append(counter.frame_count)
+# Once for a step's first micro-batch, which starts the counts of the step, and once for those that add to them.
+first, again, both, *rest = compilations
+assert first == again and rest == [both] * 4, f"compiled again for another batch: {compilations}"
 print("same")
 """
 
 
 @pytest.mark.slow
-def test_a_compiled_layer_is_the_layer():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(("backend", "recompute"), [("aot_eager", "up"), ("inductor", "none")])
+def test_a_compiled_layer_is_the_layer_and_is_not_compiled_for_each_batch(backend, recompute):
+    command = [sys.executable, "-c", SCRIPT, backend, recompute]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout == "same\n", done.stderr[-3000:]

@@ -12,7 +12,6 @@ from moe.kernels.grouped_mm.triton_product import COLUMN_TILES, grouped_mm_kerne
 from moe.kernels.grouped_mm.triton_tiles import fits_tma, tile_for
 from moe.kernels.grouped_mm.triton_weight_grad import grouped_sum_kernel, weight_grad_kernel
 
-STRIP_TILES = 4  # of a weight's gradient by one program, which then makes its descriptors once for all
 SUM_BLOCK_ROWS = 32
 SUM_BLOCK_DIM = 128
 
@@ -122,11 +121,10 @@ def grouped_mm_weight_grad(
     # The left operand may be gathered: it has the narrower side of a tile, so fewer addresses.
     left, right, tokens = (grad, rows, grad_tokens) if row_tokens is None else (rows, grad, row_tokens)
     tile = tile_for(rows.dtype, right.shape[1])
-    strip = STRIP_TILES if tile.tma else 1
     tiles = triton.cdiv(left.shape[1], tile.rows) * triton.cdiv(right.shape[1], tile.width)
     _with_scratch(
         rows.device,
-        lambda: wrap_triton(weight_grad_kernel)[(num_experts * triton.cdiv(tiles, strip),)](
+        lambda: wrap_triton(weight_grad_kernel)[(num_experts * triton.cdiv(tiles, tile.strip),)](
             left,
             expert_offsets if tokens is None else tokens,  # a pointer is needed, and not read
             right,
@@ -141,7 +139,7 @@ def grouped_mm_weight_grad(
             BLOCK_LEFT=tile.rows,
             BLOCK_RIGHT=tile.width,
             DEPTH=tile.depth,
-            STRIP=strip,
+            STRIP=tile.strip,
             num_warps=tile.warps,
             num_stages=tile.stages,
         ),

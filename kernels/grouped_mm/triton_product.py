@@ -80,18 +80,15 @@ def grouped_mm_kernel(
     last_tile = _count_tiles(expert_offsets, num_experts, BLOCK_ROWS, BLOCK_EXPERTS)
     num_tiles = (tl.max(last_tile, axis=0) + tl.cdiv(num_rows - owned, BLOCK_ROWS)) * tiles_across
     if ROWS_TMA:  # what lies outside a descriptor's shape is not read, and is zero
-        row_blocks = tl.make_tensor_descriptor(
-            rows, [tl.maximum(owned, 1), num_in], [num_in, 1], [BLOCK_ROWS, DEPTH]
-        )
+        row_blocks = tl.make_tensor_descriptor(rows, [tl.maximum(owned, 1), num_in], [num_in, 1], [BLOCK_ROWS, DEPTH])
     if WEIGHT_TMA:
-        # All experts' matrices below each other. A block that reaches into the next one adds columns that are not stored.
+        # All experts' matrices below each other. A block that reaches into the next adds no column that is stored.
+        matrix: tl.constexpr = stride_expert // (stride_out if stride_in == 1 else stride_in)
         if stride_in == 1:
-            matrix: tl.constexpr = stride_expert // stride_out
             height = (num_experts - 1) * matrix + num_out
             weight_blocks = tl.make_tensor_descriptor(weight, [height, num_in], [stride_out, 1], [BLOCK_OUT, DEPTH])
         else:
             tl.static_assert(num_in % DEPTH == 0, "a block of the next expert's depth would be added")
-            matrix: tl.constexpr = stride_expert // stride_in
             height = (num_experts - 1) * matrix + num_in
             weight_blocks = tl.make_tensor_descriptor(weight, [height, num_out], [stride_in, 1], [DEPTH, BLOCK_OUT])
     depth = tl.arange(0, DEPTH)

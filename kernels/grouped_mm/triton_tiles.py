@@ -4,7 +4,7 @@ A tile is a pure function of the GPU, the dtype and the widths, never of the num
 same order whatever else is in its batch, and gets the same bits (batch invariance).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -29,6 +29,7 @@ class Tile:
         stages: steps in flight, counting the one that is computed.
         tma: operands that are not gathered are fetched by the tensor memory accelerator where they are aligned.
         per_sm: programs that one multiprocessor holds.
+        strip: blocks of a weight's gradient that a program computes one after another, with the same descriptors.
     """
 
     rows: int
@@ -38,17 +39,18 @@ class Tile:
     stages: int
     tma: bool = False
     per_sm: int = 1
+    strip: int = 1
 
 
 # By width, the widest first. The others are for layers that would leave most of a wide tile empty. 128 x 256 because
 # a smaller one cannot feed the tensor cores of Hopper: shared memory then moves more bytes than it can.
 _AMPERE = (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 4, 4, per_sm=2), Tile(128, 64, 32, 4, 4, per_sm=3))
 _HOPPER = (
-    Tile(128, 256, 64, 8, 4, tma=True),
-    Tile(128, 128, 64, 8, 3, tma=True, per_sm=2),
-    Tile(128, 64, 64, 4, 3, tma=True, per_sm=3),
+    Tile(128, 256, 64, 8, 4, tma=True, strip=4),
+    Tile(128, 128, 64, 8, 3, tma=True, per_sm=2, strip=4),
+    Tile(128, 64, 64, 4, 3, tma=True, per_sm=3, strip=4),
 )
-_BLACKWELL = _HOPPER
+_BLACKWELL = tuple(replace(tile, strip=1) for tile in _HOPPER)  # more in a row spill with float32 results
 _CDNA = (Tile(128, 256, 32, 8, 2), Tile(128, 128, 32, 4, 2, per_sm=2), Tile(128, 64, 32, 4, 2, per_sm=2))
 # Products of float32 are not for tensor cores but unrolled into the program, which a deep tile would bloat.
 _FLOAT32 = (Tile(128, 128, 16, 8, 3), Tile(128, 64, 16, 4, 3, per_sm=2))
@@ -110,7 +112,7 @@ def tile_for(dtype: torch.dtype, width: int) -> Tile:
 
 
 def fits_tma(tensor: Tensor) -> bool:
-    """Whether the tensor memory accelerator can fetch blocks of a tensor: its last dimension dense, the rest aligned."""
+    """Whether the tensor memory accelerator can fetch blocks of a tensor: the last dimension dense, all aligned."""
     *outer, last = tensor.stride()
     steps = (*outer, tensor.storage_offset())
     return last == 1 and all(step * tensor.itemsize % TMA_ALIGNMENT == 0 for step in steps)

@@ -26,7 +26,7 @@ def weight_grad_kernel(
     DEPTH: tl.constexpr,
     STRIP: tl.constexpr,
 ):
-    """``left[e's rows].T @ right[e's rows]``: a program does a strip of tiles of one expert, each in the rows' order."""
+    """``left[e's rows].T @ right[e's rows]``: a program does some tiles of one expert, each in the rows' order."""
     OFFSET: tl.constexpr = tl.int32 if num_left * num_right < 2**31 else tl.int64  # within one expert's matrix
     across: tl.constexpr = (num_right + BLOCK_RIGHT - 1) // BLOCK_RIGHT
     tiles: tl.constexpr = (num_left + BLOCK_LEFT - 1) // BLOCK_LEFT * across
@@ -43,7 +43,7 @@ def weight_grad_kernel(
         right_blocks = tl.make_tensor_descriptor(
             right, [tl.maximum(end, 1), num_right], [num_right, 1], [DEPTH, BLOCK_RIGHT]
         )
-    for strip_tile in range(0, 1 if STRIP == 1 else tl.minimum(STRIP, tiles - first_tile)):
+    for strip_tile in range(1 if STRIP == 1 else tl.minimum(STRIP, tiles - first_tile)):
         first_left = (first_tile + strip_tile) // across * BLOCK_LEFT
         first_right = (first_tile + strip_tile) % across * BLOCK_RIGHT
         column_left = first_left + tl.arange(0, BLOCK_LEFT)

@@ -68,9 +68,8 @@ def _route_kernel(
     chosen_at = token.to(tl.int64)[:, None] * TOP_K + choice[None, :]
     is_choice = inside[:, None] & (choice < TOP_K)[None, :]
     if SELECT:
-        biases = score_bias + expert
         keys = selection_keys(
-            values, score, biases, exists, HAS_BIAS, BY_SCORE, NUM_GROUPS, TOP_GROUPS, GROUPS, MEMBERS
+            values, score, score_bias + expert, exists, HAS_BIAS, BY_SCORE, NUM_GROUPS, TOP_GROUPS, GROUPS, MEMBERS
         )
         ids, _exists = expert_at(take_best(keys, place, TOP_K, CHOICES), NUM_EXPERTS, NUM_GROUPS, MEMBERS)
         if HAS_MASK:
@@ -78,8 +77,7 @@ def _route_kernel(
         tl.store(expert_ids + chosen_at, ids, mask=is_choice)
     else:
         ids = tl.load(expert_ids + chosen_at, mask=is_choice, other=-1)
-    owned = is_choice & (ids >= 0)
-    share, _total = normalized(chosen_scores(logits + row, ids, owned, largest, total, SIGMOID), NORMALIZE)
+    share, _total = normalized(chosen_scores(logits + row, ids, is_choice, largest, total, SIGMOID), NORMALIZE)
     tl.store(weights + chosen_at, share * scale, mask=is_choice)
 
 

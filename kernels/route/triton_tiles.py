@@ -72,8 +72,9 @@ def score_of(values, largest, total, SIGMOID: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def chosen_scores(logits, ids, owned, largest, total, SIGMOID: tl.constexpr):
-    """Scores of chosen experts, from their logits once more (in the cache): a tile cannot be indexed."""
+def chosen_scores(logits, ids, is_choice, largest, total, SIGMOID: tl.constexpr):
+    """Scores of chosen experts, 0 for none; from their logits once more (in the cache): a tile cannot be indexed."""
+    owned = is_choice & (ids >= 0)
     return tl.where(owned, score_of(tl.load(logits + ids, mask=owned, other=0.0), largest, total, SIGMOID), 0.0)
 
 

@@ -110,7 +110,9 @@ class CallLog:
 
     def open(self, call: Call, loss: Float[Tensor, ""] | None, num_tokens: Int[Tensor, ""]) -> None:
         """Note a new call, and its loss if it has one."""
-        if torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            pass  # what is recomputed is the compiler's choice, and it would compile anew for each number of calls
+        elif torch.is_grad_enabled():
             self._with_graph.add(call)
         else:
             self._without_graph.append(call)

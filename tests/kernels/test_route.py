@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe.errors import ConfigError, DtypeError, ShapeError
-from moe.kernels.route import choose, route, weigh
+from moe.kernels.route import choose, route, weigh, weights_of
 from moe.kernels.route.logits import router_logits
 from moe.kernels.route.reference import CHUNK_KEYS, best_columns, search_best_columns
 from tests.routing.oracle import Case, naive_ids, naive_weights
@@ -266,3 +266,20 @@ def test_repeats_to_the_last_bit() -> None:
         return ids, weights, scores, *torch.autograd.grad((weights * scores[:, :3]).sum(), leaves)
 
     assert all(map(torch.equal, run(), run()))
+
+
+def test_saturated_sigmoids_are_told_apart_by_their_logits_unless_scores_are_asked_for() -> None:
+    logits = torch.tensor([[20.0, 30.0]])
+    assert route(logits, 1, score_function="sigmoid")[0].item() == 1
+    assert route(logits, 1, score_function="sigmoid", by_score=True)[0].item() == 0
+
+
+def test_a_sum_below_the_floor_has_the_gradient_of_the_floor() -> None:
+    leaf = torch.tensor([[720.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[1, 2]], dtype=torch.int32)
+    grad = torch.autograd.grad(weigh(leaf, ids, normalize=True)[0], leaf, torch.tensor([[1.0, 3.0]]).double())[0]
+    expected = torch.autograd.grad(
+        weights_of(leaf.softmax(-1), ids, True, 1.0), leaf, torch.tensor([[1.0, 3.0]]).double()
+    )[0]
+    assert expected[0, 1] > 0
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=0)
