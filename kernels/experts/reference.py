@@ -59,7 +59,7 @@ def experts_forward(
     for block in rows.blocks:
         block_up = rows.up(x, up_weight, up_bias, block, up[block.rows] if keep_up else None)
         act = rows.scratch("act", block, down_weight.shape[2], rows.exact)
-        activate(rows.to(rows.exact, "up", block, block_up), Activation(activation), act)
+        activate(rows.exact_up(block, block_up), Activation(activation), act)
         act.mul_(rows.weights[block.rows])
         act = rows.to(rows.products.dtype, "act", block, act)
         out = rows.multiply("down", act, down_weight.transpose(1, 2), block, down[block.rows])
@@ -151,9 +151,9 @@ def _through_activation(
     """The weighted activation and the gradient of ``up``, in scratch memory; writes the weights' gradient ``dots``."""
     act = rows.scratch("act", block, grad_act.shape[1], rows.exact)
     grad_up = rows.scratch("grad_up", block, up.shape[1], rows.exact)
-    exact_up = rows.to(rows.exact, "up", block, up)
     grad_act = rows.to(rows.exact, "grad_act", block, grad_act)
-    activate_backward(exact_up, grad_act, rows.weights[block.rows], Activation(activation), grad_up, act, dots)
+    weights = rows.weights[block.rows]
+    activate_backward(rows.exact_up(block, up), grad_act, weights, Activation(activation), grad_up, act, dots)
     return act, grad_up
 
 

@@ -93,6 +93,17 @@ class Rows:
             return rows
         return self.scratch(f"{name} as {dtype}", block, rows.shape[1], dtype).copy_(rows)
 
+    def exact_up(self, block: Block, up: Tensor) -> Tensor:
+        """The up projection in ``exact``, for the activation.
+
+        Batch-invariant, it lies in memory with gaps. PyTorch computes exp and erf in vectors as far as they fill, and
+        the rest of a stretch one by one, with other last bits: which of the two it is depends on a row's place, but in
+        memory with gaps all go one by one.
+        """
+        if not self.products.batch_invariant:
+            return self.to(self.exact, "up", block, up)
+        return self.scratch("up with gaps", block, 2 * up.shape[1], self.exact)[:, ::2].copy_(up)
+
     def gather(self, name: str, source: Tensor, block: Block) -> Tensor:
         """The rows' tokens in ``source (T, D)``, ready to be multiplied."""
         rows = self.scratch(name, block, source.shape[1], source.dtype)

@@ -59,11 +59,13 @@ def grouped_mm(
         return out
     tile = tile_for(rows.dtype, num_out)
     # N rows in at most that many non-empty groups: each group adds less than one tile to N / tile.rows.
-    most_tiles = (num_rows // tile.rows + min(num_experts + 1, num_rows)) * triton.cdiv(num_out, tile.width)
-    programs = torch.cuda.get_device_properties(rows.device).multi_processor_count * tile.per_sm
+    # sym_min and not min, so that a compiled layer is not compiled again where one of the two becomes the smaller.
+    most_tiles = num_rows // tile.rows + torch.sym_min(num_experts + 1, num_rows)
+    room = torch.cuda.get_device_properties(rows.device).multi_processor_count * tile.per_sm
+    programs = torch.sym_min(most_tiles * triton.cdiv(num_out, tile.width), room)
     _with_scratch(
         rows.device,
-        lambda: wrap_triton(grouped_mm_kernel)[(min(most_tiles, programs),)](
+        lambda: wrap_triton(grouped_mm_kernel)[(programs,)](
             rows,
             expert_offsets if tokens is None else tokens,  # pointers are needed, and not read without tokens or bias
             weight,

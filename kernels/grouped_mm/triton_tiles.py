@@ -10,10 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from moe.errors import ConfigError
+from moe.kernels.triton_gpus import require_supported_gpu
 
-SUPPORTED = "NVIDIA from compute capability 8.0 (Ampere) on, and AMD gfx90a, gfx942 and gfx950"
-AMD_ARCHS = ("gfx90a", "gfx942", "gfx950")  # with matrix cores for bfloat16 and float16
 TMA_ALIGNMENT = 16  # bytes, of the start and of every stride but the last
 
 
@@ -56,22 +54,6 @@ _CDNA = (Tile(128, 256, 32, 8, 2), Tile(128, 128, 32, 4, 2, per_sm=2), Tile(128,
 _FLOAT32 = (Tile(128, 128, 16, 8, 3), Tile(128, 64, 16, 4, 3, per_sm=2))
 
 
-def family_of(backend: str, arch: int | str) -> str | None:
-    """Name the family of GPUs with one list of tiles, None for one that is not supported.
-
-    Args:
-        backend: as Triton calls it, "cuda" or "hip".
-        arch: compute capability times ten, or the name of an AMD architecture.
-    """
-    if backend == "hip":
-        return "cdna" if str(arch).split(":")[0] in AMD_ARCHS else None
-    if backend != "cuda" or int(arch) < 80:
-        return None
-    if int(arch) == 90:
-        return "hopper"
-    return "blackwell" if 100 <= int(arch) < 120 else "ampere"  # 12.x, the consumers' Blackwell, has no tcgen05
-
-
 def tiles_of(family: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """All tiles that a family of GPUs may get, the widest first."""
     if dtype == torch.float32:
@@ -85,20 +67,14 @@ def operand_bytes(tile: Tile, dtype: torch.dtype) -> int:
 
 
 def gpu_family() -> str:
-    """The family of the current GPU; does not synchronise.
+    """The family of the current GPU, by what it can hold; does not synchronise.
 
     Raises:
         ConfigError: there are no kernels for this GPU.
     """
-    driver = triton.runtime.driver.active
-    target = driver.get_current_target()
-    family = family_of(target.backend, target.arch)
-    if family is None:
-        raise ConfigError(
-            f"device is a {target.backend} GPU of architecture {target.arch}; the kernels run on {SUPPORTED}: "
-            "move the layer and its input to the CPU, or use one of those"
-        )
+    family = require_supported_gpu()
     if family in ("hopper", "blackwell"):  # a part with less shared memory than a data centre's gets Ampere's tiles
+        driver = triton.runtime.driver.active
         held = driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"]
         widest = tiles_of(family, torch.bfloat16)[0]
         family = family if operand_bytes(widest, torch.bfloat16) < held else "ampere"

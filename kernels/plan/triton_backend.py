@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from moe.kernels.triton_gpus import require_supported_gpu
+
 # Ranks cost BLOCK comparisons an assignment, the counts (E + 1) * N / BLOCK integers: both small at 128.
 BLOCK = 128
 # Sizes that change from batch to batch and say nothing about alignment: one compilation serves all of them.
@@ -70,6 +72,7 @@ def make_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     Returns:
         ``assignments (N,)``, ``expert_offsets (E + 1,)`` and ``rows (T, K)``, int32.
     """
+    require_supported_gpu()
     total = expert_ids.numel()
     assignments = expert_ids.new_empty(total)
     rows = torch.empty_like(expert_ids)

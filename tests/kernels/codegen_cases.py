@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from moe.kernels.combine import triton_backend as combine
+from moe.kernels.experts import triton_activation as activation
+from moe.kernels.experts import triton_backend as experts
 from moe.kernels.gather import triton_backend as gather
 from moe.kernels.grouped_mm import triton_backend as products
 from moe.kernels.plan import triton_backend as plan
+from moe.kernels.route import triton_backend as router
+from moe.kernels.route.logits import triton_backend as logits
 
 EXPERTS, TOP_K, TOKENS, DIM, HIDDEN = 128, 8, 8192, 2048, 1024
 ROWS = TOKENS * TOP_K
@@ -84,6 +88,49 @@ def combine_backward() -> None:
     combine.combine_rows_backward(empty(TOKENS, DIM), empty(ROWS, DIM), weights, integers(ROWS), offsets())
 
 
+def activation_forward() -> None:
+    activation.activation_forward(empty(ROWS, 2 * HIDDEN), offsets(), "swiglu")
+
+
+def activation_backward() -> None:
+    up, weights = empty(ROWS, 2 * HIDDEN), empty(TOKENS, TOP_K, dtype=torch.float32)
+    grad, bias = empty(TOKENS, DIM), empty(EXPERTS, DIM)
+    rows = integers(ROWS), offsets()
+    activation.activation_backward(up, empty(ROWS, HIDDEN), weights, *rows, grad, bias, torch.empty_like(up), "swiglu")
+
+
+def _operands() -> tuple[list[Tensor], list[Tensor | None]]:
+    """Tokens, weights and plan; and the parameters of experts without bias."""
+    weights = empty(TOKENS, TOP_K, dtype=torch.float32)
+    inputs = [empty(TOKENS, DIM), weights, integers(ROWS), offsets(), integers(TOKENS, TOP_K)]
+    return inputs, [empty(EXPERTS, 2 * HIDDEN, DIM), empty(EXPERTS, DIM, HIDDEN), None, None]
+
+
+def experts_forward() -> None:
+    inputs, parameters = _operands()
+    experts.experts_forward(*inputs, *parameters, "swiglu", True, None, True)
+
+
+def experts_backward() -> None:
+    inputs, parameters = _operands()
+    grad, up, needs = empty(TOKENS, DIM), empty(ROWS, 2 * HIDDEN), [True] * 4 + [False] * 2
+    experts.experts_backward(grad, *inputs, up, *parameters, "swiglu", needs, None, True)
+
+
+def route() -> None:
+    scores = empty(TOKENS, EXPERTS, dtype=torch.float32)
+    ids, weights, _ = router.route(scores, None, None, TOP_K, "softmax", False, True, 1.0, 1, 1)
+    router.weigh(scores, ids, "softmax", True, 1.0)
+    router.route_backward(weights, scores, scores, ids, "softmax", True, 1.0)
+
+
+def router_logits() -> None:
+    x, weight, grad = empty(TOKENS, DIM), empty(EXPERTS, DIM), empty(TOKENS, EXPERTS, dtype=torch.float32)
+    logits.router_logits(x, weight, False)
+    logits.router_logits_input_grad(grad, weight, torch.bfloat16)
+    logits.router_logits_weight_grad(grad, x, torch.bfloat16)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "forward": forward,
     "forward gather": forward_gather,
@@ -96,6 +143,12 @@ CASES: dict[str, Callable[[], None]] = {
     "gather": gather_rows,
     "combine": combine_rows,
     "combine backward": combine_backward,
+    "activation forward": activation_forward,
+    "activation backward": activation_backward,
+    "experts forward": experts_forward,
+    "experts backward": experts_backward,
+    "router": route,
+    "router logits": router_logits,
 }
 
 # The same kernels with tiles that the standard shape does not choose.

@@ -119,7 +119,7 @@ class TestTiles:
         ],
     )
     def test_family(self, backend: str, arch: int | str, family: str | None) -> None:
-        from moe.kernels.grouped_mm.triton_tiles import family_of
+        from moe.kernels.triton_gpus import family_of
 
         assert family_of(backend, arch) == family
 

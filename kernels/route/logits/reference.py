@@ -1,10 +1,10 @@
 """The router's logits in PyTorch: the definition, and the path of the CPU."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-BLOCK_TOKENS = 64  # rows of every product where a token's logits must not depend on how many tokens there are
-DIM_MULTIPLE = 16
+from moe.kernels.invariant import multiply_invariant
+
 CHUNK_TOKENS = 512  # half-precision rows that are held in float32 at once
 
 
@@ -19,25 +19,6 @@ def logits_dtype(dtype: torch.dtype) -> torch.dtype:
 def _chunk(tokens: int, dtype: torch.dtype, compute_dtype: torch.dtype) -> int:
     """How many tokens are converted at once: all where there is nothing to convert."""
     return max(1, tokens) if dtype == compute_dtype else CHUNK_TOKENS
-
-
-def _multiply_blocks(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """``x @ weight.T`` such that a token's products depend on neither the other tokens nor its place among them.
-
-    Every product has the same shape and the same place in memory: 64 rows, the last of them filled up with zeros. The
-    width is filled up too, to a multiple of 16: for odd widths MKL adds a row's terms in an order that depends on the
-    row's place in the block, for these it does not.
-    """
-    dim = x.shape[1]
-    filled = -(-dim // DIM_MULTIPLE) * DIM_MULTIPLE
-    columns = nn.functional.pad(weight, (0, filled - dim)).t()
-    block = out.new_zeros(BLOCK_TOKENS, filled)
-    product = out.new_empty(BLOCK_TOKENS, weight.shape[0])
-    for rows, part in zip(x.split(BLOCK_TOKENS), out.split(BLOCK_TOKENS)):
-        size = rows.shape[0]
-        block[:size, :dim] = rows
-        block[size:] = 0
-        part.copy_(torch.mm(block, columns, out=product)[:size])
 
 
 def router_logits(x: Tensor, weight: Tensor, batch_invariant: bool) -> Tensor:
@@ -55,8 +36,7 @@ def router_logits(x: Tensor, weight: Tensor, batch_invariant: bool) -> Tensor:
     weight = weight.to(dtype)
     out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
     if batch_invariant:
-        _multiply_blocks(x, weight, out)
-        return out
+        return multiply_invariant(x, weight.t(), out)
     chunk = _chunk(x.shape[0], x.dtype, dtype)
     for rows, part in zip(x.split(chunk), out.split(chunk)):
         torch.mm(rows.to(dtype), weight.t(), out=part)

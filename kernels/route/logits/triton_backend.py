@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from moe.kernels.triton_gpus import require_supported_gpu
+
 SPLIT_TOKENS = 1024  # the weight's gradient: tokens of a range, as long as that makes
 MAX_SPLITS = 16  # no more ranges than these
 
@@ -165,6 +167,7 @@ def router_logits(x: Tensor, weight: Tensor, batch_invariant: bool) -> Tensor:
     Returns:
         ``(T, E)`` float32.
     """
+    require_supported_gpu()
     return _multiply_rows(x, weight.t(), torch.float32)
 
 
