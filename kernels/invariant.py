@@ -18,14 +18,14 @@ def multiply_invariant(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
     for others MKL's order depends on the row's place in the block.
 
     Args:
-        rows: ``(n, I)``.
-        matrix: ``(I, O)``.
+        rows: ``(n, I)``, any dtype.
+        matrix: ``(I, O)``, dtype of ``out``.
         out: ``(n, O)``; written, and returned.
     """
     wide_in, wide_out = (-(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE for width in matrix.shape)
     if matrix.shape != (wide_in, wide_out):
         matrix = pad(matrix, (0, wide_out - matrix.shape[1], 0, wide_in - matrix.shape[0]))
-    block, product = rows.new_zeros(BLOCK_ROWS, wide_in), out.new_empty(BLOCK_ROWS, wide_out)
+    block, product = out.new_zeros(BLOCK_ROWS, wide_in), out.new_empty(BLOCK_ROWS, wide_out)
     for part, part_out in zip(rows.split(BLOCK_ROWS), out.split(BLOCK_ROWS)):
         size = part.shape[0]
         block[:size, : rows.shape[1]] = part

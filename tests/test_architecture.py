@@ -118,7 +118,7 @@ PLANTED = [  # rule, module, source
     ("facade", "moe.training.loop", "from moe import balance_loss"),
     ("unknown", "moe.utils", ""),
     ("file size", "moe.layer", "x = 1\n" * (MAX_FILE_LINES + 1)),
-    ("function size", "tests.test_x", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
+    ("function size", "tests.test_x", "def f():\n" + "    x = 1\n" * (MAX_FUNCTION_LINES + 1)),
     ("docstring", "moe.layer", "def f():\n    return 1"),
     ("docstring", "moe.layer", "class A:\n    x = 1"),
     ("docstring", "moe.layer", "class A:\n    'Doc.'\n    def f(self): ..."),

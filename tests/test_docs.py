@@ -18,9 +18,12 @@ from omegaconf import OmegaConf
 
 import moe.errors
 from moe.kernels.combine import combine_rows
+from moe.kernels.experts import run_experts
 from moe.kernels.gather import gather_rows
 from moe.kernels.grouped_mm import grouped_mm
 from moe.kernels.plan import make_plan
+from moe.kernels.route import route
+from moe.kernels.route.logits import router_logits
 from moe.routing import ROUTERS
 from moe.training.launch import launch
 from moe.training.metrics import read_metrics
@@ -207,10 +210,13 @@ def test_the_tables_of_files_are_complete(workplace: Path) -> None:
     assert set(yaml.safe_load((run / "config.yaml").read_text())) == set(composed())
 
 
+OPERATIONS = (router_logits, route, run_experts, make_plan, gather_rows, grouped_mm, combine_rows)
+
+
 def test_routers_losses_and_operations_are_all_described() -> None:
     assert {code(row[0]) for row in rows(DOCS / "howto" / "choose-a-router.md", "name")} == set(ROUTERS)
     operations = {code(row[0]) for row in rows(DOCS / "reference" / "kernels.md", "operation")}
-    assert operations == {op.__name__ for op in (make_plan, gather_rows, grouped_mm, combine_rows)}
+    assert operations == {op.__name__ for op in OPERATIONS}
     errors = (DOCS / "reference" / "errors.md").read_text(encoding="utf-8")
     classes = {name for name, kind in vars(moe.errors).items() if inspect.isclass(kind)} - {"MoEError"}
     assert not {name for name in classes if f"`{name}`" not in errors.partition("## What raises what")[2]}

@@ -48,6 +48,30 @@ def _find_tile(
     return expert, start + (within // width) * BLOCK_ROWS, end, strip * COLUMNS + within % width
 
 
+@triton.jit
+@no_type_check
+def _load(pointers, mask, WHOLE: tl.constexpr):
+    """A tile; without a mask where it is whole, which saves registers."""
+    if WHOLE:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+@no_type_check
+def _store_tile(
+    total, bias, out, expert, row, end, column, num_experts, num_out: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """A finished tile, with the expert's bias if there is one, into the rows of its group."""
+    if HAS_BIAS:
+        added = tl.load(bias + expert * num_out + column, mask=(column < num_out) & (expert < num_experts), other=0)
+        total += added.to(tl.float32)[None, :]
+    target = out + (row.to(tl.int64)[:, None] * num_out + column[None, :])
+    tl.store(target, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < num_out)[None, :])
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])  # they say nothing about alignment
 @no_type_check
 def grouped_mm_kernel(
@@ -113,24 +137,16 @@ def grouped_mm_kernel(
             in_depth = depth < num_in - done
             if ROWS_TMA:
                 a_tile = row_blocks.load([first, done])
-            elif num_in % DEPTH == 0:
-                a_tile = tl.load(a)
             else:
-                a_tile = tl.load(a, mask=in_depth[None, :], other=0.0)
+                a_tile = _load(a, in_depth[None, :], num_in % DEPTH == 0)
             if WEIGHT_TMA:
                 if stride_in == 1:
                     b_tile = weight_blocks.load([expert * matrix + first_out, done]).T
                 else:
                     b_tile = weight_blocks.load([expert * matrix + done, first_out])
-            elif num_in % DEPTH == 0 and num_out % BLOCK_OUT == 0:
-                b_tile = tl.load(b)
             else:
-                b_tile = tl.load(b, mask=in_out & in_depth[:, None], other=0.0)
+                b_tile = _load(b, in_out & in_depth[:, None], num_in % DEPTH == 0 and num_out % BLOCK_OUT == 0)
             total = tl.dot(a_tile, b_tile, total, input_precision="ieee")
             a += DEPTH
             b += DEPTH * stride_in
-        if HAS_BIAS:
-            added = tl.load(bias + expert * num_out + column, mask=(column < num_out) & (expert < num_experts), other=0)
-            total += added.to(tl.float32)[None, :]
-        target = out + (row.to(tl.int64)[:, None] * num_out + column[None, :])
-        tl.store(target, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & in_out)
+        _store_tile(total, bias, out, expert, row, end, column, num_experts, num_out, HAS_BIAS)
