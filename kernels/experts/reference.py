@@ -1,6 +1,7 @@
 """The experts' operation in PyTorch: the definition, and the path of the CPU.
 
-The routing weight multiplies the activation, so that a token's output is the plain sum of its rows. Backward follows
+The routing weight multiplies the activation, so that a token's output is the plain sum of its rows: they are added to
+it block by block, by rising expert, and never all in memory. Backward follows
 SonicMoE (arXiv 2512.14080): with ``grad[token] @ W_down``, the gradient of a row's weighted activation, that of its
 weight is the dot product with the activation. So no output of the down projection is kept, and the activation is made
 again from ``up``.
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from moe.config import Activation
-from moe.kernels.combine.reference import sum_rows
 from moe.kernels.experts.activation import activate, activate_backward
 from moe.kernels.experts.rows import Block, Rows
 
@@ -20,7 +20,7 @@ def experts_forward(
     weights: Tensor,
     assignments: Tensor,
     expert_offsets: Tensor,
-    row_ids: Tensor,
+    row_ids: Tensor,  # noqa: ARG001
     up_weight: Tensor,
     down_weight: Tensor,
     up_bias: Tensor | None,
@@ -54,19 +54,20 @@ def experts_forward(
         ShapeError: ``expert_offsets`` does not ascend from 0 to at most N.
     """
     rows = Rows(x, weights, assignments, expert_offsets, batch_invariant=batch_invariant)
-    up = x.new_empty(assignments.shape[0] if keep_up else 0, up_weight.shape[1])
-    down = torch.empty(rows.assignments.shape[0], x.shape[1], dtype=rows.products.dtype)
+    up = torch.empty(assignments.shape[0] if keep_up else 0, up_weight.shape[1], dtype=x.dtype)
+    y = torch.zeros(x.shape, dtype=rows.exact)
     for block in rows.blocks:
         block_up = rows.up(x, up_weight, up_bias, block, up[block.rows] if keep_up else None)
         act = rows.scratch("act", block, down_weight.shape[2], rows.exact)
         activate(rows.exact_up(block, block_up), Activation(activation), act)
         act.mul_(rows.weights[block.rows])
         act = rows.to(rows.products.dtype, "act", block, act)
-        out = rows.multiply("down", act, down_weight.transpose(1, 2), block, down[block.rows])
+        out = rows.multiply("down", act, down_weight.transpose(1, 2), block)
         if down_bias is not None:
             for (expert, part), weight in zip(block.by_expert(out), rows.weights[block.rows].split(block.sizes)):
                 part += weight * down_bias[expert]
-    return sum_rows(down, row_ids).to(x.dtype), up
+        rows.add_to_tokens("down", out, y, block)
+    return y.to(x.dtype), up
 
 
 def experts_backward(
@@ -75,7 +76,7 @@ def experts_backward(
     weights: Tensor,
     assignments: Tensor,
     expert_offsets: Tensor,
-    row_ids: Tensor,
+    row_ids: Tensor,  # noqa: ARG001
     up: Tensor,
     up_weight: Tensor,
     down_weight: Tensor,
@@ -109,9 +110,9 @@ def experts_backward(
         The six gradients in the order of ``needs``; ``(0,)`` for one that is not wanted or has no bias.
     """
     rows = Rows(x, weights, assignments, expert_offsets, batch_invariant=batch_invariant)
-    grads = _empty_grads(x, (up_weight, down_weight, up_bias, down_bias), needs[2:], weight_grad_dtype or x.dtype)
+    grads = _empty_grads((up_weight, down_weight, up_bias, down_bias), needs[2:], weight_grad_dtype or x.dtype)
     grad_up_weight, grad_down_weight, grad_up_bias, grad_down_bias = grads
-    grad_rows = torch.empty(rows.assignments.shape[0] if needs[0] else 0, x.shape[1], dtype=rows.products.dtype)
+    grad_x = torch.zeros(x.shape if needs[0] else 0, dtype=rows.exact)
     dots = torch.empty(rows.assignments.shape[0], dtype=rows.exact)
     is_kept = up.shape[0] == assignments.shape[0]
     for block in rows.blocks:
@@ -128,19 +129,16 @@ def experts_backward(
                 grad_up_bias[expert].copy_(part.sum(0))
         grad_up = rows.to(rows.products.dtype, "grad_up", block, grad_up)
         if needs[0]:
-            rows.multiply("grad_x", grad_up, up_weight, block, grad_rows[block.rows])
+            rows.add_to_tokens("grad_x", rows.multiply("grad_x", grad_up, up_weight, block), grad_x, block)
         if needs[2]:
             rows.weight_grad(grad_up, rows.gather("x", x, block), block, grad_up_weight)
-    grad_x = sum_rows(grad_rows, row_ids).to(x.dtype) if needs[0] else x.new_empty(0)
     grad_weights = _weights_grad(weights, assignments, dots) if needs[1] else weights.new_empty(0)
-    return grad_x, grad_weights, grad_up_weight, grad_down_weight, grad_up_bias, grad_down_bias
+    return grad_x.to(x.dtype), grad_weights, grad_up_weight, grad_down_weight, grad_up_bias, grad_down_bias
 
 
-def _empty_grads(
-    x: Tensor, parameters: tuple[Tensor | None, ...], needs: list[bool], dtype: torch.dtype
-) -> list[Tensor]:
+def _empty_grads(parameters: tuple[Tensor | None, ...], needs: list[bool], dtype: torch.dtype) -> list[Tensor]:
     return [
-        x.new_empty(parameter.shape if needed and parameter is not None else 0, dtype=dtype)
+        torch.empty(parameter.shape if needed and parameter is not None else 0, dtype=dtype)
         for parameter, needed in zip(parameters, needs)
     ]
 

@@ -119,6 +119,10 @@ class Rows:
                 self.products.rows(part, matrices[expert], product)
         return out
 
+    def add_to_tokens(self, name: str, rows: Tensor, tokens: Tensor, block: Block) -> None:
+        """Add the block's rows to their tokens in ``tokens (T, D)``, of dtype ``exact``, one after another."""
+        tokens.index_add_(0, self._tokens[block.rows], self.to(self.exact, name, block, rows))
+
     def weight_grad(self, grad: Tensor, rows: Tensor, block: Block, out: Tensor) -> None:
         """Each expert's ``grad.T @ rows`` into its part of ``out (E, O, I)``."""
         for (expert, part), part_rows in zip(block.by_expert(grad), rows.split(block.sizes)):

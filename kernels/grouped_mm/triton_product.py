@@ -52,18 +52,12 @@ def _find_tile(
 @no_type_check
 def _load(pointers, mask, WHOLE: tl.constexpr):
     """A tile; without a mask where it is whole, which saves registers."""
-    if WHOLE:
-        tile = tl.load(pointers)
-    else:
-        tile = tl.load(pointers, mask=mask, other=0.0)
-    return tile
+    return tl.load(pointers) if WHOLE else tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
 @no_type_check
-def _store_tile(
-    total, bias, out, expert, row, end, column, num_experts, num_out: tl.constexpr, HAS_BIAS: tl.constexpr
-):
+def _store_tile(total, bias, out, expert, row, end, column, num_experts, num_out: tl.constexpr, HAS_BIAS: tl.constexpr):
     """A finished tile, with the expert's bias if there is one, into the rows of its group."""
     if HAS_BIAS:
         added = tl.load(bias + expert * num_out + column, mask=(column < num_out) & (expert < num_experts), other=0)
@@ -135,10 +129,7 @@ def grouped_mm_kernel(
         total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
         for done in range(0, tl.where(expert < num_experts, num_in, 0), DEPTH):
             in_depth = depth < num_in - done
-            if ROWS_TMA:
-                a_tile = row_blocks.load([first, done])
-            else:
-                a_tile = _load(a, in_depth[None, :], num_in % DEPTH == 0)
+            a_tile = row_blocks.load([first, done]) if ROWS_TMA else _load(a, in_depth[None, :], num_in % DEPTH == 0)
             if WEIGHT_TMA:
                 if stride_in == 1:
                     b_tile = weight_blocks.load([expert * matrix + first_out, done]).T

@@ -1,6 +1,5 @@
 """The experts' operation on the CPU, through the public function."""
 
-import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from moe.config import Activation
 from moe.errors import DtypeError, ShapeError
-from moe.kernels.experts import products, run_experts
+from moe.kernels.experts import products, reference, run_experts
 from moe.kernels.experts.rows import make_blocks
 from moe.kernels.plan import make_plan
 from tests.support.experts import GRADIENTS, Case, assert_close, make_case, ragged_case
@@ -147,21 +146,24 @@ def test_backward_keeps_the_input_the_routing_and_the_up_projection_only(recompu
     assert sorted(tuple(tensor.shape) for tensor in own) == sorted(plan + up)
 
 
-def test_keeps_nothing_where_nothing_is_differentiated() -> None:
+def test_keeps_no_up_projection_where_nothing_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    forward = reference.experts_forward
+
+    def spy(*inputs: Any) -> tuple[Tensor, Tensor]:
+        y, up = forward(*inputs)
+        kept.append(up.shape[0] > 0)
+        return y, up
+
     case = ragged_case(dtype=torch.float32)
-    outputs: list[weakref.ref[Tensor]] = []
-    original = torch.Tensor.new_empty
-
-    def spy(self: Tensor, *shape: Any, **options: Any) -> Tensor:
-        tensor = original(self, *shape, **options)
-        outputs.append(weakref.ref(tensor))
-        assert tensor.shape != (case.ids.numel(), 48)  # the up projection of all rows
-        return tensor
-
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(torch.Tensor, "new_empty", spy)
+    constant = [leaf.detach() for leaf in leaves_of(case) if leaf is not None]
+    with torch.library._scoped_library("moe", "IMPL") as library:
+        library.impl("experts", spy, "CPU", allow_override=True)
         call(case, leaves_of(case))
-    assert outputs
+        call(case, constant)
+        with torch.no_grad():
+            call(case, leaves_of(case))
+    assert kept == [True, False, False]
 
 
 @pytest.mark.parametrize("wanted", GRADIENTS)
