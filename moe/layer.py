@@ -50,9 +50,10 @@ class MoE(nn.Module):
         capacity_factor: None is dropless. A number gives every expert room for ``ceil(capacity_factor * T * K / E)``
             assignments and drops the rest.
         drop_policy: what is dropped, see ``moe.config.DropPolicy``.
-        recompute: "none", or "up" to keep only the input and the routing for backward, see ``moe.config.Recompute``.
+        recompute: "none", or "up": the routed experts keep only their input and the routing for backward, see
+            ``moe.config.Recompute``.
         weight_grad_dtype: of the routed experts' gradients; ``torch.float32`` sums up the micro-batches of a bfloat16
-            model exactly. None for the dtype of the parameters.
+            model without rounding each. Not under ``torch.compile``. None for the dtype of the parameters.
         batch_invariant: a token's output does not depend, in any bit, on what else is in its batch (with a capacity it
             does, on what is dropped). See docs/explanation/determinism.md for what it costs.
         balance: losses and at most one selection bias, as objects or as a mapping of names to options, see
@@ -101,7 +102,7 @@ class MoE(nn.Module):
         if not isinstance(router, Router):
             sizes = {"dim": dim, "num_experts": num_experts, "top_k": top_k, "score_bias": self.bias_rule is not None}
             router = make("router", router, ROUTERS, **sizes, batch_invariant=batch_invariant, **at)
-        self.router = _fitting(router, dim, num_experts, top_k, self.bias_rule is not None)
+        self.router = _fitting(router, dim, num_experts, top_k, self.bias_rule is not None, batch_invariant)
         expert: dict[str, Any] = {"activation": activation, "bias": bias, "batch_invariant": batch_invariant, **at}
         self.experts = GroupedExperts(
             num_experts, dim, hidden_dim, recompute=recompute, weight_grad_dtype=weight_grad_dtype, **expert
@@ -254,11 +255,13 @@ def take_evaluation_load(model: nn.Module) -> dict[str, LoadStats]:
     return {name: stats for name, stats in loads if stats is not None}
 
 
-def _fitting(router: Router, dim: int, num_experts: int, top_k: int, needs_bias: bool) -> Router:
+def _fitting(router: Router, dim: int, num_experts: int, top_k: int, needs_bias: bool, batch_invariant: bool) -> Router:
     """The router, if it fits the layer."""
     sizes, wanted = (router.dim, router.num_experts, router.top_k), (dim, num_experts, top_k)
     if sizes != wanted:
         raise ConfigError(f"router has (dim, num_experts, top_k)={sizes}, but the layer has {wanted}")
     if needs_bias and router.score_bias is None:
         raise ConfigError("balance has a ScoreBias, but router was made with score_bias=False")
+    if batch_invariant and not router.batch_invariant:
+        raise ConfigError("batch_invariant=True, but router was made with batch_invariant=False")
     return router

@@ -120,7 +120,7 @@ def experts_backward(
         grad_tokens = rows.gather("grad", grad, block)
         grad_act = rows.multiply("grad_act", grad_tokens, down_weight, block)
         act, grad_up = _through_activation(rows, block, block_up, grad_act, activation, dots[block.rows])
-        if down_bias is not None:
+        if down_bias is not None and (needs[1] or needs[5]):
             _down_bias_backward(rows, block, grad_tokens, down_bias, dots[block.rows], grad_down_bias)
         if needs[3]:
             rows.weight_grad(grad_tokens, rows.to(rows.products.dtype, "act", block, act), block, grad_down_weight)

@@ -1,7 +1,7 @@
 """The rows of the experts' operation on the CPU: in blocks of whole experts, with scratch memory for one block.
 
-A block has few enough rows to stay in the cache between the small operations, and enough to keep all cores busy when
-experts have few rows each. Products are made per expert, into memory that is there.
+A block of small experts has few enough rows to stay in the cache between the small operations, and enough to keep all
+cores busy. An expert with many rows is a block by itself. Products are made per expert, into memory that is there.
 """
 
 from dataclasses import dataclass

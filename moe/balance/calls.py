@@ -63,6 +63,8 @@ class PendingLoss:
     loss: Float[Tensor, ""]
     num_tokens: Int[Tensor, ""]
     call: Call
+    previous: "PendingLoss | None"
+    """The one before it. A chain and not a list, whose length a compiled layer would be compiled for."""
 
 
 @final
@@ -73,7 +75,7 @@ class CallLog:
         self._with_graph: weakref.WeakSet[Call] = weakref.WeakSet()
         """Each is owned by its graph, and goes when the graph does."""
         self._without_graph: deque[Call] = deque(maxlen=_MAX_OPEN_CALLS)
-        self._pending: deque[PendingLoss] = deque(maxlen=_MAX_PENDING)
+        self._pending: PendingLoss | None = None
 
     def open_calls(self, training: bool = True) -> list[Call]:
         """The calls in training (or evaluation) mode that could be recomputed, in no order."""
@@ -118,19 +120,18 @@ class CallLog:
             self._without_graph.append(call)
         if loss is None:
             return
-        if len(self._pending) == _MAX_PENDING:
+        if not torch.compiler.is_compiling() and len(self._take_pending(keep=True)) >= _MAX_PENDING:
             warnings.warn(
                 f"{_MAX_PENDING} forward passes in training mode without moe.balance_loss(model): their balance "
                 "losses are discarded and balance nothing. Add it to the training loss, or make MoE with balance=()",
                 stacklevel=5,  # past torch, to the line that called the layer
             )
-            self._pending.clear()
-        self._pending.append(PendingLoss(loss, num_tokens, call))
+            self._pending = None
+        self._pending = PendingLoss(loss, num_tokens, call, self._pending)
 
     def collect(self) -> Float[Tensor, ""] | None:
         """The mean loss of the calls since the last time, weighted by their tokens; None where there was none."""
-        pending = list(self._pending)
-        self._pending.clear()
+        pending = self._take_pending()
         if not pending:
             return None
         weights = torch.stack([p.num_tokens for p in pending]).to(pending[0].loss.dtype)
@@ -140,9 +141,17 @@ class CallLog:
     def end_step(self) -> int:
         """Forget the calls without a graph, whose backward pass is over; returns how many losses nobody collected."""
         self._without_graph.clear()
-        forgotten = len(self._pending)
-        self._pending.clear()
-        return forgotten
+        return len(self._take_pending())
+
+    def _take_pending(self, *, keep: bool = False) -> list[PendingLoss]:
+        """The losses that nobody collected, oldest first; forgotten here unless ``keep``."""
+        pending, last = [], self._pending
+        while last is not None:
+            pending.append(last)
+            last = last.previous
+        if not keep:
+            self._pending = None
+        return pending[::-1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CallLog":
         """A copied layer has made no call yet."""

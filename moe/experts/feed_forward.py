@@ -13,6 +13,7 @@ from moe.experts.operands import in_one_dtype
 from moe.init import fan_in_normal_
 from moe.kernels.experts import run_experts
 from moe.kernels.plan import make_plan
+from moe.kernels.route import route
 from moe.kernels.route.logits import router_logits
 
 
@@ -27,7 +28,8 @@ class FeedForward(nn.Module):
         bias: add a bias to both products.
         gate: multiply each token's output by a learnt sigmoid of the token (Qwen1.5-MoE's shared-expert gate).
         batch_invariant: a token's output does not depend, in any bit, on what else is in its batch. Computed as the one
-            expert of the routed experts' operation, since PyTorch's products promise no such thing on any device.
+            expert of the routed experts' operation, since PyTorch's products promise no such thing on any device: the
+            linear layers' own forward and hooks do not run then.
     """
 
     def __init__(
@@ -71,9 +73,12 @@ class FeedForward(nn.Module):
         """Each token as if it were the only one."""
         linears = (self.up.weight, self.down.weight, self.up.bias, self.down.bias)
         tokens, *parameters = in_one_dtype(tokens, *linears)
-        weights = tokens.new_ones(tokens.shape[0], 1, dtype=torch.promote_types(tokens.dtype, torch.float32))
-        if self.gate is not None:
-            weights = router_logits(tokens, self.gate.weight, batch_invariant=True).sigmoid()
-        plan = make_plan(torch.zeros_like(weights, dtype=torch.int32), 1)
+        if self.gate is None:
+            weights = tokens.new_ones(tokens.shape[0], 1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+            expert_ids = torch.zeros_like(weights, dtype=torch.int32)
+        else:
+            logits = router_logits(tokens, self.gate.weight, batch_invariant=True)
+            expert_ids, weights, _ = route(logits, 1, score_function="sigmoid")
+        plan = make_plan(expert_ids, 1)
         one_expert: list[Any] = [None if each is None else each.unsqueeze(0) for each in parameters]
         return run_experts(tokens, weights, plan, *one_expert, activation=self.activation, batch_invariant=True)

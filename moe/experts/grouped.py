@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe.config import Activation, Recompute, option, require_positive_integer
+from moe.errors import ConfigError
 from moe.experts.operands import in_one_dtype
 from moe.init import fan_in_normal_
 from moe.kernels.experts import run_experts
@@ -29,7 +30,8 @@ class GroupedExperts(nn.Module):
         bias: add a bias to both products.
         recompute: see ``moe.config.Recompute``.
         weight_grad_dtype: of the parameters' gradients, where it is not that of the parameters: float32 sums up
-            micro-batches of a bfloat16 model without rounding each. Also set as the parameters' ``grad_dtype``.
+            micro-batches of a bfloat16 model without rounding each. It becomes the parameters' ``grad_dtype``. On a CPU
+            the products of these gradients then run in float32.
         batch_invariant: a token's output does not depend, in any bit, on what else is in its batch. On a GPU it never
             does; on the CPU this has a price.
 
@@ -57,6 +59,8 @@ class GroupedExperts(nn.Module):
         require_positive_integer(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
         self.activation = option(Activation, "activation", activation)
         self.recompute = option(Recompute, "recompute", recompute)
+        if weight_grad_dtype is not None and not weight_grad_dtype.is_floating_point:
+            raise ConfigError(f"weight_grad_dtype={weight_grad_dtype} must be floating point")
         self.weight_grad_dtype, self.batch_invariant = weight_grad_dtype, batch_invariant
         up_dim = hidden_dim * (2 if self.activation.is_gated else 1)
 
@@ -67,9 +71,6 @@ class GroupedExperts(nn.Module):
         self.down_weight = parameter(dim, hidden_dim)
         self.up_bias = parameter(up_dim) if bias else None
         self.down_bias = parameter(dim) if bias else None
-        if weight_grad_dtype is not None:
-            for each in self.parameters():
-                each.grad_dtype = weight_grad_dtype
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -88,8 +89,11 @@ class GroupedExperts(nn.Module):
             routing: ids of these experts; only ``expert_ids`` and ``weights`` are used.
 
         Raises:
+            ConfigError: under ``torch.compile`` with a ``weight_grad_dtype`` that is not the parameters' dtype: the
+                compiler rounds gradients to the latter.
             DtypeError: tokens and parameters differ in dtype outside autocast.
         """
+        self._ask_for_grad_dtype()
         x, *parameters = in_one_dtype(x, self.up_weight, self.down_weight, self.up_bias, self.down_bias)
         return run_experts(
             x,
@@ -101,3 +105,14 @@ class GroupedExperts(nn.Module):
             weight_grad_dtype=self.weight_grad_dtype if x.dtype == self.up_weight.dtype else None,
             batch_invariant=self.batch_invariant,
         )
+
+    def _ask_for_grad_dtype(self) -> None:
+        """Set the parameters' ``grad_dtype``; in each call, since a copied or loaded parameter has lost it."""
+        dtype = self.weight_grad_dtype
+        if dtype is None or dtype == self.up_weight.dtype:
+            return
+        if torch.compiler.is_compiling():
+            raise ConfigError(f"weight_grad_dtype={dtype} for parameters of {self.up_weight.dtype} cannot be compiled")
+        for parameter in self.parameters():
+            if parameter.is_leaf and parameter.grad_dtype != dtype:
+                parameter.grad_dtype = dtype

@@ -103,12 +103,13 @@ class Router(nn.Module, ABC):
         self.reset_parameters()
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Fuse what names its score function, and nothing that overrides a part of the decision without naming it."""
+        """Fuse what names its score function, unless a part of the decision is overridden without naming it anew."""
         super().__init_subclass__(**options)
-        if "score_function" in vars(cls):
-            cls._is_fused = cls.score_function is not None
-        elif not vars(cls).keys().isdisjoint(("score", "select", "weigh")):
-            cls._is_fused = False
+        score, named = (
+            next(i for i, base in enumerate(cls.__mro__) if name in vars(base)) for name in ("score", "score_function")
+        )
+        decides_alike = cls.select is Router.select and cls.weigh is Router.weigh
+        cls._is_fused = cls.score_function is not None and named <= score and decides_alike
 
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to zero."""

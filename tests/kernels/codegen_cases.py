@@ -127,7 +127,7 @@ def route() -> None:
 def router_logits() -> None:
     x, weight, grad = empty(TOKENS, DIM), empty(EXPERTS, DIM), empty(TOKENS, EXPERTS, dtype=torch.float32)
     logits.router_logits(x, weight, False)
-    logits.router_logits_input_grad(grad, weight, torch.bfloat16)
+    logits.router_logits_input_grad(grad, weight, torch.bfloat16, False)
     logits.router_logits_weight_grad(grad, x, torch.bfloat16)
 
 

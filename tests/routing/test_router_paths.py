@@ -69,6 +69,32 @@ def test_what_a_subclass_overrides_is_what_runs(hook: str) -> None:
     assert torch.equal(routing.expert_ids, fused.expert_ids)
 
 
+class ToTheFirst:
+    """A decision that can be mixed into any router."""
+
+    def select(self, logits: Tensor, scores: Tensor) -> Tensor:
+        return torch.zeros(logits.shape[0], self.top_k, dtype=torch.int32)
+
+
+class MixedIn(ToTheFirst, SoftmaxRouter):
+    """The mixin comes first."""
+
+
+class NamedAndOverridden(Router):
+    """Names a score function, and decides in its own way all the same."""
+
+    score_function = ScoreFunction.SOFTMAX
+    select = ToTheFirst.select
+
+    def score(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
+
+
+@pytest.mark.parametrize("kind", [MixedIn, NamedAndOverridden])
+def test_a_decision_of_ones_own_is_what_runs_wherever_it_comes_from(kind: type[Router]) -> None:
+    assert (made(kind)(torch.randn(9, 16)).expert_ids == 0).all()
+
+
 def test_a_subclass_that_names_its_score_function_is_fused() -> None:
     class Named(Router):
         """Its ``score`` is what the name says, so that nothing needs to call it."""

@@ -23,7 +23,7 @@ def _fake(x: Tensor, weight: Tensor, _batch_invariant: bool) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=reference.logits_dtype(x.dtype))
 
 
-def _fake_input_grad(grad: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _fake_input_grad(grad: Tensor, weight: Tensor, dtype: torch.dtype, _batch_invariant: bool) -> Tensor:
     return grad.new_empty(grad.shape[0], weight.shape[1], dtype=dtype)
 
 
@@ -33,13 +33,14 @@ def _fake_weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def] # noqa: ARG001
     ctx.save_for_backward(*inputs[:2])
+    ctx.batch_invariant = inputs[2]
 
 
 def _register_autograd(op: CustomOpDef, input_grad: CustomOpDef, weight_grad: CustomOpDef) -> None:
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_x = input_grad(grad, weight, x.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = input_grad(grad, weight, x.dtype, ctx.batch_invariant) if ctx.needs_input_grad[0] else None
         grad_weight = weight_grad(grad, x, weight.dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None
 
@@ -68,10 +69,11 @@ for _backend, _op in _LOGITS.items():
 def router_logits(x: Tensor, weight: Tensor, *, batch_invariant: bool = False) -> Tensor:
     """Multiply tokens by the router's weight, ``x @ weight.T``, in float32 and outside any autocast.
 
-    Neither TF32 nor a lower precision of matrix products ever applies. Products of two bfloat16 (or two float16)
-    numbers are exact in float32, so on a GPU tensor cores multiply them as they are; a float32 number beside a bfloat16
-    one is the sum of three bfloat16 ones; other pairs are multiplied as float32. The gradients are as exact, and are
-    rounded once, to the dtypes of ``x`` and ``weight``. Backward keeps ``x`` and ``weight`` as they came.
+    On a GPU neither TF32 nor a lower precision of matrix products ever applies; on a CPU the product is PyTorch's,
+    which ``torch.set_float32_matmul_precision`` may lower. Products of two bfloat16 (or two float16) numbers are exact
+    in float32, so on a GPU tensor cores multiply them as they are; a float32 number beside a bfloat16 one is the sum of
+    three bfloat16 ones; other pairs are multiplied as float32. The gradients are as exact, and are rounded once, to the
+    dtypes of ``x`` and ``weight``. Backward keeps ``x`` and ``weight`` as they came.
 
     Args:
         x: ``(T, D)`` floating point.

@@ -43,18 +43,22 @@ def router_logits(x: Tensor, weight: Tensor, batch_invariant: bool) -> Tensor:
     return out
 
 
-def router_logits_input_grad(grad: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def router_logits_input_grad(grad: Tensor, weight: Tensor, dtype: torch.dtype, batch_invariant: bool) -> Tensor:
     """The gradient of ``x`` in :func:`router_logits`: ``grad @ weight``.
 
     Args:
         grad: ``(T, E)``.
         weight: ``(E, D)``.
         dtype: of ``x``.
+        batch_invariant: multiply in blocks of one shape.
 
     Returns:
         ``(T, D)`` in ``dtype``.
     """
     weight = weight.to(grad.dtype)
+    if batch_invariant:
+        product = grad.new_empty(grad.shape[0], weight.shape[1])
+        return multiply_invariant(grad, weight, product).to(dtype)
     out = grad.new_empty(grad.shape[0], weight.shape[1], dtype=dtype)
     chunk = _chunk(grad.shape[0], dtype, grad.dtype)
     for rows, part in zip(grad.split(chunk), out.split(chunk)):

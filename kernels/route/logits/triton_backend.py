@@ -171,13 +171,14 @@ def router_logits(x: Tensor, weight: Tensor, batch_invariant: bool) -> Tensor:
     return _multiply_rows(x, weight.t(), torch.float32)
 
 
-def router_logits_input_grad(grad: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def router_logits_input_grad(grad: Tensor, weight: Tensor, dtype: torch.dtype, batch_invariant: bool) -> Tensor:
     """The gradient of ``x``, ``grad @ weight``, of contiguous tensors.
 
     Args:
         grad: ``(T, E)`` float32.
         weight: ``(E, D)``.
         dtype: of ``x``.
+        batch_invariant: nothing to do, see above.
 
     Returns:
         ``(T, D)`` in ``dtype``.
