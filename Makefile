@@ -25,11 +25,11 @@ train: $(STAMP) ## train the example language model; ARGS="run.name=mine data.pa
 	$(BIN)/python examples/train_lm.py $(ARGS)
 
 test: $(STAMP) ## all tests, the Triton kernels' on the CPU included; ARGS="-k balance"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 	$(TEST_KERNELS)
 
 test-fast: $(STAMP) ## the tests that take less than about ten seconds each
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
 
 test-kernels: $(STAMP) ## the Triton kernels' tests, executed on the CPU
 	$(TEST_KERNELS)
