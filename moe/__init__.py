@@ -1,5 +1,7 @@
 """Mixture-of-Experts layers for PyTorch: routing, balance and deterministic dispatch."""
 
+from typing import Any
+
 from moe.balance import RouterZLoss, ScoreBias, SquaredDeviation, SwitchLoss
 from moe.layer import MoE, balance_loss, balance_step, moe_layers, take_evaluation_load
 from moe.monitor import LoadStats
@@ -18,5 +20,15 @@ __all__ = [
     "balance_loss",
     "balance_step",
     "moe_layers",
+    "parallelize",
     "take_evaluation_load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``moe.parallelize``, when it is asked for: torch.distributed's parts take a second to import."""
+    if name == "parallelize":
+        from moe.parallel import parallelize
+
+        return parallelize
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,3 +34,7 @@ class TrainingError(MoEError, RuntimeError):
 
 class RecomputationError(MoEError, RuntimeError):
     """An activation checkpoint recomputes a call in a way that cannot be made safe."""
+
+
+class ParallelError(MoEError, RuntimeError):
+    """A rank failed, or does not answer."""

@@ -4,7 +4,7 @@ Sizes: T tokens, D dim, E experts, F hidden_dim, K experts per token.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -22,6 +22,9 @@ from moe.types import Routing
 
 DEFAULT_BALANCE: Mapping[str, Mapping[str, Any]] = {"squared_deviation": {"coefficient": 0.01}}
 """What balances a layer unless told otherwise."""
+
+PoolLoads = Callable[[Sequence[LoadStats]], list[LoadStats]]
+"""Adds up the loads of several layers over all devices that see other tokens."""
 
 
 @final
@@ -109,6 +112,7 @@ class MoE(nn.Module):
         )
         self.shared = FeedForward(dim, shared_hidden_dim, gate=shared_gate, **expert) if shared_hidden_dim else None
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self.pool_loads: PoolLoads | None = None
         self.calls = CallLog()
         self.training_load, self.evaluation_load = LoadCounter(), LoadCounter()
 
@@ -136,8 +140,7 @@ class MoE(nn.Module):
         repeated = in_backward() and (self.training or bool(self.calls.open_calls(training=False)))
         chosen, kept, call = self._replay(tokens, mask) if repeated else self._decide(tokens, mask)
         loss = self._loss(chosen)
-        dispatched = self.dispatcher.dispatch(tokens, kept)
-        y = self.dispatcher.combine(self.experts(dispatched.x, dispatched.routing), dispatched)
+        y = self.dispatcher.run(self.experts, tokens, kept)
         if self.shared is not None:
             y = y + self.shared(tokens)
         # Counted only now: a call that fails on the way has not happened.
@@ -230,7 +233,6 @@ def balance_step(model: nn.Module, *, skipped: bool = False) -> dict[str, LoadSt
     Returns:
         Load by layer name; layers that saw no call are left out.
     """
-    loads: dict[str, LoadStats] = {}
     for name, layer in moe_layers(model):
         if uncollected := layer.calls.end_step():
             warnings.warn(
@@ -238,21 +240,34 @@ def balance_step(model: nn.Module, *, skipped: bool = False) -> dict[str, LoadSt
                 "moe.balance_loss(model) to the training loss, or construct MoE with balance=()",
                 stacklevel=2,
             )
-        stats = layer.training_load.take()
-        if stats is None:
-            continue
-        loads[name] = stats
+    loads = _take(model, lambda layer: layer.training_load)
+    for name, layer in moe_layers(model):
         bias = layer.router.score_bias
-        if layer.bias_rule is not None and bias is not None and not skipped:
+        if layer.bias_rule is not None and bias is not None and name in loads and not skipped:
             with torch.no_grad():
-                bias.copy_(layer.bias_rule.updated(bias, stats.tokens_per_expert))
+                bias.copy_(layer.bias_rule.updated(bias, loads[name].tokens_per_expert))
     return loads
 
 
 def take_evaluation_load(model: nn.Module) -> dict[str, LoadStats]:
     """Each layer's load of the calls in evaluation mode since the last time; layers without a call are left out."""
-    loads = ((name, layer.evaluation_load.take()) for name, layer in moe_layers(model))
-    return {name: stats for name, stats in loads if stats is not None}
+    return _take(model, lambda layer: layer.evaluation_load)
+
+
+def _take(model: nn.Module, counter: Callable[[MoE], LoadCounter]) -> dict[str, LoadStats]:
+    """What the counters of all layers hold, over all devices; of spread layers also those without a call here."""
+    loads: dict[str, LoadStats] = {}
+    spread: dict[PoolLoads, dict[str, LoadStats]] = {}
+    for name, layer in moe_layers(model):
+        stats = counter(layer).take()
+        if layer.pool_loads is not None:
+            nothing = LoadStats.zero(layer.num_experts, layer.router.weight.device)
+            spread.setdefault(layer.pool_loads, {})[name] = nothing if stats is None else stats
+        elif stats is not None:
+            loads[name] = stats
+    for pool, theirs in spread.items():
+        loads |= zip(theirs, pool(list(theirs.values())))
+    return {name: loads[name] for name, _ in moe_layers(model) if name in loads}
 
 
 def _fitting(router: Router, dim: int, num_experts: int, top_k: int, needs_bias: bool, batch_invariant: bool) -> Router:

@@ -83,7 +83,7 @@ PLANTED = [  # rule, module, source
     ("upward", "moe.routing.router", "from ..layer import MoE"),
     ("upward", "moe.models.decoder", "from moe import parallel"),
     ("upward", "moe.layer", IF_TYPES + "from moe.models import Decoder"),
-    ("upward", "moe.__init__", "from moe.models import Decoder"),
+    ("upward", "moe.__init__", "from moe.verify import verify"),
     ("upward", "moe.__init__", "from .training import Trainer"),
     ("upward", "moe.parallel.mesh", "def f():\n    import moe.training"),
     ("upward", "moe.training.loop", "import moe.serving.router"),

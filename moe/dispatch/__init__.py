@@ -1,5 +1,5 @@
 """Where a token's experts are: the seam between a layer and the devices its experts live on."""
 
-from moe.dispatch.local import Dispatched, Dispatcher, LocalDispatcher
+from moe.dispatch.local import Dispatcher, Experts, LocalDispatcher
 
-__all__ = ["Dispatched", "Dispatcher", "LocalDispatcher"]
+__all__ = ["Dispatcher", "Experts", "LocalDispatcher"]

@@ -1,46 +1,39 @@
-"""Two verbs and the record between them; on one device both do nothing.
+"""What runs a layer's experts on its tokens; on one device, a plain call.
 
-Sizes: T tokens of this device, R rows after an exchange, D dim, K experts per token.
+Sizes: T tokens of this device, D dim, K experts per token.
 """
 
-from dataclasses import dataclass
-from typing import Protocol, final
+from collections.abc import Callable
+from typing import Protocol, final, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from moe.types import Routing
 
-
-@final
-@dataclass(frozen=True)
-class Dispatched:
-    """The tokens whose experts live here, and the part of the decision that concerns these experts."""
-
-    x: Float[Tensor, "R D"]
-    routing: Routing
-    """``expert_ids`` count the experts of this device from 0; -1 for experts elsewhere."""
+Experts = Callable[[Tensor, Routing], Tensor]
+"""The experts that live here: ``(R, D)`` and their ids, counted from 0 with -1 for experts elsewhere, to each token's
+sum over its experts here ``(R, D)``."""
 
 
+@runtime_checkable
 class Dispatcher(Protocol):
     """Brings tokens to the devices of their experts, and partial outputs back."""
 
-    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> Dispatched:
-        """Send each token to every device that holds one of its experts."""
+    def run(self, experts: Experts, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
+        """The sum of each token's experts, wherever they are.
 
-    def combine(self, y: Float[Tensor, "R D"], dispatched: Dispatched) -> Float[Tensor, "T D"]:
-        """Bring the partial outputs back and add them up for each token, in the order of devices."""
+        Args:
+            experts: those of this device; called as often as tokens come.
+            x: the tokens of this device.
+            routing: their experts, counted over all devices.
+        """
 
 
 @final
 class LocalDispatcher:
     """All experts are here."""
 
-    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> Dispatched:
-        """The tokens as they are."""
-        return Dispatched(x, routing)
-
-    def combine(self, y: Float[Tensor, "T D"], dispatched: Dispatched) -> Float[Tensor, "T D"]:
-        """The outputs as they are."""
-        del dispatched
-        return y
+    def run(self, experts: Experts, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
+        """The experts' own sum."""
+        return experts(x, routing)

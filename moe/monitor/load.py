@@ -30,6 +30,12 @@ class LoadStats:
     top_score_sum: Float[Tensor, ""]
     """float32; sum over these tokens of the best expert's score."""
 
+    @classmethod
+    def zero(cls, num_experts: int, device: torch.device) -> "LoadStats":
+        """Of no call."""
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(count.repeat(num_experts), count, count, count.float())
+
     def __add__(self, other: "LoadStats") -> "LoadStats":
         return LoadStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
