@@ -1,15 +1,30 @@
 """One layer of a decoder: attention, then a feed-forward that is dense or a mixture of experts."""
 
-from typing import final
+from enum import StrEnum
+from typing import Any, final
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe.experts import FeedForward
 from moe.layer import MoE
 from moe.models.attention import Attention
 from moe.models.cache import LayerCache
 from moe.models.config import DecoderConfig
+
+
+class ActivationCheckpointing(StrEnum):
+    """What a training step keeps of each block for the backward pass."""
+
+    NONE = "none"
+    """Everything."""
+    REENTRANT = "reentrant"
+    """The block's input; backward runs the block again inside an autograd function of its own. Gradients reach a
+    block's weights only if its input needs a gradient, so the embedding must not be frozen."""
+    NONREENTRANT = "nonreentrant"
+    """The block's input; backward runs the block again when a saved tensor is asked for. PyTorch's own choice."""
 
 
 @final
@@ -46,3 +61,12 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
         normed = self.ffn_norm(x)
         return x + (self.ffn(normed, token_mask) if isinstance(self.ffn, MoE) else self.ffn(normed))
+
+
+def run_block(block: nn.Module, checkpointing: ActivationCheckpointing, *args: Any) -> Float[Tensor, "B S D"]:
+    """The block's output; under activation checkpointing where there will be a backward pass."""
+    if checkpointing is ActivationCheckpointing.NONE or not torch.is_grad_enabled():
+        y: Tensor = block(*args)
+    else:
+        y = checkpoint(block, *args, use_reentrant=checkpointing is ActivationCheckpointing.REENTRANT)
+    return y

@@ -1,36 +1,21 @@
 """A decoder language model whose feed-forward layers are dense or mixtures of experts."""
 
-from enum import StrEnum
-from functools import partial
 from typing import final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moe.config import option
 from moe.errors import DtypeError, ShapeError
 from moe.layer import MoE
 from moe.models.attention import attention_mask
-from moe.models.block import Block
+from moe.models.block import ActivationCheckpointing, Block, run_block
 from moe.models.cache import KVCache
 from moe.models.config import DecoderConfig
 from moe.models.init import init_block, init_embedding, init_head
 from moe.models.rotary import rotary_tables
-
-
-class ActivationCheckpointing(StrEnum):
-    """What a training step keeps of each block for the backward pass."""
-
-    NONE = "none"
-    """Everything."""
-    REENTRANT = "reentrant"
-    """The block's input; backward runs the block again inside an autograd function of its own. Gradients reach a
-    block's weights only if its input needs a gradient, so the embedding must not be frozen."""
-    NONREENTRANT = "nonreentrant"
-    """The block's input; backward runs the block again when a saved tensor is asked for. PyTorch's own choice."""
 
 
 @final
@@ -100,17 +85,10 @@ class Decoder(nn.Module):
         mask = attention_mask(tokens.shape[1], num_past, token_mask, tokens.device)
         for layer, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[layer]
-            x = self._run(block)(x, cos, sin, mask, token_mask, layer_cache)
+            x = run_block(block, self.activation_checkpointing, x, cos, sin, mask, token_mask, layer_cache)
         weight = self.embedding.weight if self.head is None else self.head.weight
         logits = F.linear(self.norm(x), weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def _run(self, block: nn.Module) -> partial[Tensor] | nn.Module:
-        """The block itself, or the block under activation checkpointing where there will be a backward pass."""
-        if self.activation_checkpointing is ActivationCheckpointing.NONE or not torch.is_grad_enabled():
-            return block
-        reentrant = self.activation_checkpointing is ActivationCheckpointing.REENTRANT
-        return partial(checkpoint, block, use_reentrant=reentrant)
 
     def num_parameters(self) -> int:
         """How many numbers the model learns; a tied embedding counts once."""

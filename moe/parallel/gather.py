@@ -35,7 +35,7 @@ def gather(parallel: Parallel, of: Callable[[Tensor], Tensor | None]) -> Iterato
     Yields:
         On rank 0, by the order of names; nothing elsewhere.
     """
-    own = dict(parallel.model.named_parameters())
+    own = dict(parallel.named_parameters())
     names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(names, list(own))
     for name in sorted({name for theirs in names for name in theirs}):

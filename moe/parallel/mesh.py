@@ -22,7 +22,9 @@ class ParallelMesh:
     Attributes:
         dense: DeviceMesh ``(pp, dp_replicate, dp_shard, tp)``.
         experts: DeviceMesh ``(pp, edp_replicate, edp_shard, ep, etp)`` over the same ranks.
-        data: group of the ranks that see different data.
+        world: group of all ranks.
+        stage: group of the ranks of this pipeline stage.
+        data: group of the ranks of a stage that see different data.
         exchange: group of the ranks that hold all experts once, ``ep`` major.
 
     Raises:
@@ -42,6 +44,8 @@ class ParallelMesh:
         self.degrees, self.device_type = degrees, device_type
         self.dense = _mesh(device_type, degrees.dense_shape)
         self.experts = _mesh(device_type, degrees.expert_shape)
+        self.world = dist.distributed_c10d._get_default_group()
+        self.stage = self.dense["dp_replicate", "dp_shard", "tp"]._flatten("stage").get_group()
         self.data = self.dense["dp_replicate", "dp_shard"]._flatten("dp").get_group()
         self.exchange = self.experts["ep", "etp"]._flatten("exchange").get_group()
 

@@ -1,6 +1,6 @@
 """One function that spreads a model over ranks, and the handle that it returns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -25,14 +25,24 @@ class Parallel:
     """A model that is spread over ranks.
 
     Attributes:
-        model: as it was given, changed in place.
+        parts: the model as it was given, changed in place; of a pipeline, the stages of this rank.
         mesh: where this rank stands.
         shards: the part of each parameter that this rank holds, before data parallelism divides it; by its name.
     """
 
-    model: nn.Module
+    parts: tuple[nn.Module, ...]
     mesh: ParallelMesh
     shards: Mapping[str, Shard]
+
+    @classmethod
+    def merge(cls, stages: Sequence["Parallel"]) -> "Parallel":
+        """Several stages of one model on the same mesh as one."""
+        shards = {name: shard for stage in stages for name, shard in stage.shards.items()}
+        return cls(tuple(part for stage in stages for part in stage.parts), stages[0].mesh, shards)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's, by the names that they have in the whole model."""
+        return (named for part in self.parts for named in part.named_parameters())
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients so that the norm over all ranks is at most ``max_norm``.
@@ -43,7 +53,7 @@ class Parallel:
         Returns:
             The norm before, a scalar; the same bits on every rank.
         """
-        named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
+        named = [(name, p) for name, p in self.named_parameters() if p.grad is not None]
         norm = total_norm(((p.grad, self._copies(name, p)) for name, p in named if p.grad is not None), norm_type)
         clip((p for _, p in named), norm, max_norm)
         return norm
@@ -83,7 +93,7 @@ def parallelize(
         ConfigError: on every rank: ranks disagree on the model or the options, or the model cannot be divided so.
     """
     options = f"chunks={chunks}, max_received_tokens={max_received_tokens}"
-    require_same_everywhere({"degrees": str(mesh.degrees), "options": options, "model": describe(model)})
+    require_same_everywhere({"degrees": str(mesh.degrees), "options": options, "model": describe(model)}, mesh.stage)
     shards = {name: Shard.whole(parameter) for name, parameter in model.named_parameters()}
     layers = dict(moe_layers(model))
     pool = PoolLoads(mesh.data) if mesh.degrees.dp > 1 else None
@@ -98,7 +108,7 @@ def parallelize(
         layer.pool_loads = pool
     found = outermost_blocks(model) if blocks is None else blocks
     shard_data_parallel(model, experts, mesh, found, mixed_precision or MixedPrecisionPolicy())
-    return Parallel(model, mesh, shards)
+    return Parallel((model,), mesh, shards)
 
 
 def make_dispatcher(layer: MoE, mesh: ParallelMesh, chunks: int, max_received_tokens: int | None) -> Dispatcher:
