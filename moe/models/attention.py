@@ -16,7 +16,8 @@ from moe.models.rotary import rotate
 class Attention(nn.Module):
     """Causal self-attention; groups of query heads share a key and a value head.
 
-    Queries, keys and values come from one product, in this order along the output of ``qkv``.
+    Queries, keys and values come from one product, in this order along the output of ``qkv``. Some of the heads, with
+    their rows of ``qkv`` and columns of ``out``, are an `Attention` too, of which ``heads`` says how many.
 
     Source: Ainslie et al. 2023, arXiv:2305.13245, section 2.2 (grouped-query attention).
     """
@@ -24,6 +25,7 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.head_dim = config.head_dim
+        self.num_kv_heads = config.num_kv_heads
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.qkv = nn.Linear(config.dim, sum(self.heads) * self.head_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
@@ -53,7 +55,7 @@ class Attention(nn.Module):
         queries_and_keys, values = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=2)
         queries, keys = rotate(queries_and_keys, cos, sin).split((num_heads, num_kv_heads), dim=2)
         if cache is not None:
-            keys, values = cache.append(keys, values)
+            keys, values = self._append(cache, keys, values)
         mixed = F.scaled_dot_product_attention(
             queries.transpose(1, 2),
             keys.transpose(1, 2),
@@ -63,6 +65,15 @@ class Attention(nn.Module):
             enable_gqa=num_heads != num_kv_heads,
         )
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _append(self, cache: LayerCache, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens so far; the cache has room for all heads of the model, be they here or not."""
+        here = keys.shape[2]
+        elsewhere = self.num_kv_heads - here
+        if elsewhere:
+            keys, values = (F.pad(each, (0, 0, 0, elsewhere)) for each in (keys, values))
+        keys, values = cache.append(keys, values)
+        return keys[:, :, :here], values[:, :, :here]
 
 
 def attention_mask(

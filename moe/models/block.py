@@ -50,20 +50,23 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "B S D"],
+        x: Float[Tensor, "B part D"],
         cos: Float[Tensor, "S 1 head_dim"],
         sin: Float[Tensor, "S 1 head_dim"],
         mask: Bool[Tensor, "#B 1 S length"] | None = None,
         token_mask: Bool[Tensor, "B S"] | None = None,
         cache: LayerCache | None = None,
-    ) -> Float[Tensor, "B S D"]:
-        """Add both branches to the residual stream; arguments as `Attention` and `moe.MoE` take them."""
+    ) -> Float[Tensor, "B part D"]:
+        """Add both branches to the residual stream; arguments as `Attention` and `moe.MoE` take them.
+
+        Under sequence parallelism ``x`` is this rank's part of the S tokens.
+        """
         x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
         normed = self.ffn_norm(x)
         return x + (self.ffn(normed, token_mask) if isinstance(self.ffn, MoE) else self.ffn(normed))
 
 
-def run_block(block: nn.Module, checkpointing: ActivationCheckpointing, *args: Any) -> Float[Tensor, "B S D"]:
+def run_block(block: nn.Module, checkpointing: ActivationCheckpointing, *args: Any) -> Float[Tensor, "B part D"]:
     """The block's output; under activation checkpointing where there will be a backward pass."""
     if checkpointing is ActivationCheckpointing.NONE or not torch.is_grad_enabled():
         y: Tensor = block(*args)

@@ -1,7 +1,8 @@
 """Over many devices: experts, data, tensors; and what a step needs to stay exact there."""
 
+from moe.parallel.batch import split_batch
 from moe.parallel.degrees import Degrees
 from moe.parallel.mesh import ParallelMesh
 from moe.parallel.parallelize import Parallel, parallelize
 
-__all__ = ["Degrees", "Parallel", "ParallelMesh", "parallelize"]
+__all__ = ["Degrees", "Parallel", "ParallelMesh", "parallelize", "split_batch"]

@@ -52,7 +52,7 @@ def shard_data_parallel(
 
 
 def outermost_blocks(model: nn.Module) -> list[nn.Module]:
-    """The members of every ``nn.ModuleList`` that is not inside another: a model's layers, as most models keep them."""
+    """The members of each ``nn.ModuleList`` or ``nn.ModuleDict`` that is not inside another: a model's layers, mostly."""
     blocks: list[nn.Module] = []
     pending = [model]
     while pending:
@@ -60,6 +60,8 @@ def outermost_blocks(model: nn.Module) -> list[nn.Module]:
         for child in module.children():
             if isinstance(child, nn.ModuleList):
                 blocks += list(child)
+            elif isinstance(child, nn.ModuleDict):
+                blocks += list(child.values())
             else:
                 pending.append(child)
     return blocks

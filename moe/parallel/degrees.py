@@ -94,7 +94,8 @@ class Degrees:
         multiple of ``ep`` that the experts fit in.
 
         Raises:
-            ConfigError: an unknown axis, a value that is no number, or degrees that do not multiply to world_size.
+            ConfigError: an unknown axis, one that is given twice, a value that is no number, or degrees that do not
+                multiply to world_size.
         """
         given = _read(spec)
         if "dp_shard" not in given:
@@ -135,8 +136,12 @@ def rank_table(degrees: Degrees) -> str:
 def _read(spec: str | Mapping[str, Any]) -> dict[str, Any]:
     known = [field.name for field in fields(Degrees)]
     if isinstance(spec, str):
-        pairs = [part.partition("=") for part in spec.split(",") if part.strip()]
-        spec = {key.strip(): int(value) if value.strip().isdecimal() else value for key, _, value in pairs}
+        pairs = [[word.strip() for word in part.partition("=")] for part in spec.split(",") if part.strip()]
+        named = [axis for axis, _, _ in pairs]
+        for axis in named:
+            if named.count(axis) > 1:
+                raise ConfigError(f"{axis} is given twice in {spec!r}")
+        spec = {axis: int(value) if value.isdecimal() else value for axis, _, value in pairs}
     for axis, value in spec.items():
         if axis not in known:
             raise ConfigError(f"{axis}={value!r} is no axis; choose from {', '.join(known)}")

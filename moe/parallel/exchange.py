@@ -2,7 +2,9 @@
 
 An exchange is two autograd nodes, departure and arrival, with whatever may overlap between them. Backward goes the
 other way: the arrival's node sends the gradients off, and the departure's waits for them. Collectives so run in the
-same order on all ranks, since the engine runs nodes in the reverse of the order in which they were made.
+same order on all ranks, since the engine runs nodes in the reverse of the order in which they were made. That holds as
+long as every rank makes the same nodes, whatever needs a gradient there: see ``ExpertParallel``. Backward may run twice
+over a kept graph; a gradient of a gradient is refused.
 """
 
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ from typing import Any, final
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe.kernels.backends import backend_of
 from moe.kernels.combine import SUM_ROWS
@@ -98,6 +101,7 @@ class _Depart(torch.autograd.Function):
         return transfer.begin(tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         del gradients  # they are on their way since the arrival's node
         return None, *ctx.transfer.wait()
@@ -112,6 +116,7 @@ class _Arrive(torch.autograd.Function):
         return tensors
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.transfer.begin(gradients, back=True)
         return None, *gradients  # of the right shape; the departure's node has the right values

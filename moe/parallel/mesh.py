@@ -5,6 +5,7 @@ from typing import final
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moe.config import require_positive_integer
 from moe.errors import ConfigError
 from moe.parallel.degrees import Degrees, rank_table
 
@@ -18,6 +19,9 @@ class ParallelMesh:
     Args:
         degrees: the size of each axis.
         device_type: "cpu" or "cuda".
+        node_size: consecutive ranks that share a node. Where the ranks that hold all experts once are on several nodes,
+            a token then crosses to each node at most once, see :mod:`moe.parallel.hierarchical`. None: all links count
+            alike.
 
     Attributes:
         dense: DeviceMesh ``(pp, dp_replicate, dp_shard, tp)``.
@@ -26,12 +30,15 @@ class ParallelMesh:
         stage: group of the ranks of this pipeline stage.
         data: group of the ranks of a stage that see different data.
         exchange: group of the ranks that hold all experts once, ``ep`` major.
+        nodes: two parts of ``exchange``, the ranks with the same place on their nodes and those of this node; None
+            where it is on one node, or without ``node_size``.
 
     Raises:
-        ConfigError: there is no process group, or it has another size than the degrees say.
+        ConfigError: there is no process group, or it has another size than the degrees say; or nodes of ``node_size``
+            ranks and the ranks that hold all experts once do not divide each other.
     """
 
-    def __init__(self, degrees: Degrees, device_type: str = "cpu") -> None:
+    def __init__(self, degrees: Degrees, device_type: str = "cpu", *, node_size: int | None = None) -> None:
         if not dist.is_initialized():
             raise ConfigError(
                 f"degrees {degrees} need a process group: start with torchrun and call "
@@ -48,6 +55,12 @@ class ParallelMesh:
         self.stage = self.dense["dp_replicate", "dp_shard", "tp"]._flatten("stage").get_group()
         self.data = self.dense["dp_replicate", "dp_shard"]._flatten("dp").get_group()
         self.exchange = self.experts["ep", "etp"]._flatten("exchange").get_group()
+        self.nodes: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+        held = degrees.ep * degrees.etp
+        if node_size is not None and _is_divided(degrees, node_size):
+            shape = {"copies": degrees.world_size // held, "nodes": held // node_size, "node": node_size}
+            mesh = _mesh(device_type, shape)
+            self.nodes = mesh.get_group("nodes"), mesh.get_group("node")
 
     @property
     def data_rank(self) -> int:
@@ -67,6 +80,19 @@ class ParallelMesh:
     def table(self) -> str:
         """Every rank with both its addresses, one a line."""
         return rank_table(self.degrees)
+
+
+def _is_divided(degrees: Degrees, node_size: int) -> bool:
+    """Whether the ranks that hold all experts once are on several nodes."""
+    require_positive_integer(node_size=node_size)
+    held = degrees.ep * degrees.etp
+    # On one node, several copies of all experts may be; on several, one copy takes whole nodes, and an expert one.
+    if node_size % held and (held % node_size or node_size % degrees.etp):
+        raise ConfigError(
+            f"node_size={node_size} must be a multiple of ep={degrees.ep} * etp={degrees.etp} = {held} ranks that hold "
+            "all experts once, or divide them and be a multiple of etp"
+        )
+    return held > node_size
 
 
 def _mesh(device_type: str, shape: dict[str, int]) -> DeviceMesh:

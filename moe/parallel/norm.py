@@ -62,4 +62,4 @@ def copies_of(parameter: Tensor, ranks: int) -> int:
     if not isinstance(parameter, DTensor):
         return ranks
     sizes = zip(parameter.device_mesh.shape, parameter.placements)
-    return ranks // math.prod(size for size, placement in sizes if placement.is_shard())
+    return ranks // math.prod(size for size, placement in sizes if not placement.is_replicate())

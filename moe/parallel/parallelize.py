@@ -6,6 +6,7 @@ from typing import final
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from moe.dispatch import Dispatcher
 from moe.layer import MoE, moe_layers
@@ -13,10 +14,12 @@ from moe.parallel.consistency import require_same_everywhere
 from moe.parallel.data_parallel import outermost_blocks, shard_data_parallel
 from moe.parallel.dispatcher import ExpertParallel, even_bounds
 from moe.parallel.experts import Shard, shard_experts
+from moe.parallel.hierarchical import Hierarchical
 from moe.parallel.loads import PoolLoads
 from moe.parallel.mesh import ParallelMesh
 from moe.parallel.norm import clip, copies_of, total_norm
 from moe.parallel.replicas import SharedTokens
+from moe.parallel.tensor_parallel import divide_dense
 
 
 @final
@@ -74,6 +77,7 @@ def parallelize(
     chunks: int = 1,
     max_received_tokens: int | None = None,
     mixed_precision: MixedPrecisionPolicy | None = None,
+    tp_plan: Mapping[str, ParallelStyle] | None = None,
 ) -> Parallel:
     """Spread a model over the ranks of a mesh, in place.
 
@@ -84,17 +88,23 @@ def parallelize(
     Args:
         model: whole, and the same on all ranks (the same seed, or the same checkpoint).
         mesh: made by every rank with the same degrees.
-        blocks: modules that FSDP2 gathers and frees as one; None for the members of ``nn.ModuleList``.
+        blocks: modules that FSDP2 gathers and frees as one; None for the members of ``nn.ModuleList``
+            and ``nn.ModuleDict``.
         chunks: parts in which tokens travel; with more than one, communication and computation overlap.
         max_received_tokens: of a layer on one rank at a time; see :class:`moe.parallel.dispatcher.ExpertParallel`.
         mixed_precision: FSDP2's policy; None computes in the parameters' dtype.
+        tp_plan: how the ``tp`` axis divides a user's own dense modules, by their names; the same on every rank without.
+            Blocks of :class:`moe.models.Decoder` and MoE layers need none. See
+            :func:`moe.parallel.tensor_parallel.divide_dense`.
 
     Raises:
         ConfigError: on every rank: ranks disagree on the model or the options, or the model cannot be divided so.
     """
-    options = f"chunks={chunks}, max_received_tokens={max_received_tokens}"
+    styles = {name: type(style).__name__ for name, style in (tp_plan or {}).items()}
+    options = f"chunks={chunks}, max_received_tokens={max_received_tokens}, tp_plan={styles}"
     require_same_everywhere({"degrees": str(mesh.degrees), "options": options, "model": describe(model)}, mesh.stage)
-    shards = {name: Shard.whole(parameter) for name, parameter in model.named_parameters()}
+    divided = divide_dense(model, mesh, tp_plan)
+    shards = {name: divided.get(name) or Shard.whole(parameter) for name, parameter in model.named_parameters()}
     layers = dict(moe_layers(model))
     pool = PoolLoads(mesh.data) if mesh.degrees.dp > 1 else None
     experts: list[nn.Parameter] = []
@@ -114,7 +124,7 @@ def parallelize(
 def make_dispatcher(layer: MoE, mesh: ParallelMesh, chunks: int, max_received_tokens: int | None) -> Dispatcher:
     """What brings a layer's tokens to its experts and back."""
     degrees = mesh.degrees
-    dispatcher: Dispatcher = ExpertParallel(
+    flat = ExpertParallel(
         mesh.exchange,
         even_bounds(layer.num_experts, degrees.ep),
         copies=degrees.etp,
@@ -124,6 +134,7 @@ def make_dispatcher(layer: MoE, mesh: ParallelMesh, chunks: int, max_received_to
         chunks=chunks,
         max_received_tokens=max_received_tokens,
     )
+    dispatcher: Dispatcher = Hierarchical.split(flat, *mesh.nodes) if mesh.nodes else flat
     return SharedTokens(dispatcher, mesh.group("tp")) if degrees.tp > 1 else dispatcher
 
 

@@ -3,13 +3,14 @@
 Under tensor parallelism every rank of the ``tp`` axis has all tokens of the data rank, and makes the same decision.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe.dispatch import Dispatcher, Experts
 from moe.parallel.collectives import all_gather
@@ -38,7 +39,8 @@ class SharedTokens:
         share = -(-len(x) // size)
         own = slice(rank * share, (rank + 1) * share)
         part, weights = _TakePart.apply(self.group, x, routing.weights)
-        here = replace(routing, expert_ids=routing.expert_ids[own], weights=weights)
+        nothing = weights.new_empty(len(weights), 0)  # scores and logits stay with the router
+        here = Routing(routing.expert_ids[own], weights, nothing, nothing)
         y: Tensor = _GiveAll.apply(self.group, len(x), self.inner.run(experts, part, here))
         return y
 
@@ -48,7 +50,9 @@ def gather_parts(part: Tensor, num_rows: int, group: dist.ProcessGroup) -> Tenso
     share = -(-num_rows // group.size())
     padded = part.new_zeros(share, *part.shape[1:])
     padded[: len(part)] = part
-    return all_gather(padded, group)[:num_rows]
+    whole = all_gather(padded, group)
+    # No view, which a layer could not mark as its own output.
+    return whole if len(whole) == num_rows else whole[:num_rows].clone()
 
 
 def take_part(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -64,6 +68,7 @@ class _TakePart(torch.autograd.Function):
         return tuple(take_part(tensor, group).clone() for tensor in tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(gather_parts(gradient, ctx.num_rows, ctx.group) for gradient in gradients)
 
@@ -75,5 +80,6 @@ class _GiveAll(torch.autograd.Function):
         return gather_parts(part, num_rows, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor]:
         return None, None, take_part(gradient, ctx.group)

@@ -107,6 +107,7 @@ CASES = [
     ("pp=4", "nonreentrant", {"microbatches": 4}),
     ("pp=2,dp_shard=2", "nonreentrant", {"microbatches": 3}),
     ("pp=2,dp_replicate=2,dp_shard=1,ep=2", "none", {"microbatches": 3}),
+    ("pp=2,tp=2,ep=2", "none", {"microbatches": 2}),
     ("pp=2,etp=2", "none", {"microbatches": 2, "stages_per_rank": 2}),
 ]
 
