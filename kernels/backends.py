@@ -16,6 +16,7 @@ from torch.library import CustomOpDef, custom_op, triton_op
 from moe.errors import ConfigError, DtypeError
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+REFERENCE_DTYPES = (*TRITON_DTYPES, torch.float64)
 
 # The Triton modules are imported here and now or never: importing them on the first GPU tensor would hide an import
 # in a call, where torch.compile cannot follow it. A PyTorch built without GPUs does not pay for them (0.8 s).
@@ -54,24 +55,38 @@ def backend_of(tensor: Tensor) -> str:
     """Name the backend for a tensor: "reference" on the CPU (and for ``meta``), "triton" on a GPU.
 
     Raises:
-        ConfigError: the device has no backend, or Triton is not installed.
+        ConfigError: the device has no backend, Triton is not installed, or the device is not the current one.
     """
     device = tensor.device.type
     if device in ("cpu", "meta"):
         return "reference"
     if device == "cuda" and HAS_TRITON:  # ROCm's devices are called cuda too
+        if not torch.compiler.is_compiling():
+            _require_current(tensor.device)
         return "triton"
     needs = "needs the package triton" if device == "cuda" else "has no kernels: use a cpu or cuda tensor"
     raise ConfigError(f"device={tensor.device} {needs}")
+
+
+def _require_current(device: torch.device) -> None:
+    """Triton launches on the current GPU and its stream, wherever the tensors are."""
+    # CUDA has not started where a tensor only stands for one on a GPU.
+    if torch.cuda.is_initialized() and device.index != (current := torch.cuda.current_device()):
+        raise ConfigError(
+            f"device={device} is not the current one, cuda:{current}, where Triton launches: "
+            f"call torch.cuda.set_device({device.index}) before, or work in `with torch.cuda.device({device.index})`"
+        )
 
 
 def check_float(name: str, tensor: Tensor) -> None:
     """Check that a tensor has a dtype which the kernels of its device compute with.
 
     Raises:
-        DtypeError: not floating point, or float64 (and rarer ones) on a GPU.
+        DtypeError: not floating point, 8 bits or fewer, or float64 on a GPU.
     """
     if not tensor.dtype.is_floating_point:
         raise DtypeError(f"{name} has dtype {tensor.dtype}, must be floating point")
     if tensor.device.type == "cuda" and tensor.dtype not in TRITON_DTYPES:
         raise DtypeError(f"{name} has dtype {tensor.dtype}, must be bfloat16, float16 or float32 on a GPU")
+    if tensor.dtype not in REFERENCE_DTYPES:
+        raise DtypeError(f"{name} has dtype {tensor.dtype}, must be bfloat16, float16, float32 or float64")

@@ -69,13 +69,13 @@ def combine_rows(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     """Sum each token's rows by weight: ``y[t] = sum_k weights[t, k] * rows[plan.rows[t, k]]``.
 
     The sum runs over k in ascending order and is kept in float32 (float64 for float64), so that it is the same on
-    every run. Choices of no expert are skipped, and rows of no expert are not
-    read: they may hold anything. Their gradients are exactly zero.
+    every run. Choices of no expert are skipped, and rows of no expert are not read: they may hold anything. Their
+    gradients are exactly zero.
 
     Args:
         rows: ``(N, D)`` floating point, in the plan's order.
         weights: ``(T, K)`` float32; float64 where ``rows`` is.
-        plan: of T tokens and N = T * K assignments.
+        plan: of T tokens and N = T * K assignments, on the device of ``rows``.
 
     Returns:
         ``(T, D)``, dtype of ``rows``.
@@ -92,6 +92,5 @@ def combine_rows(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     expected = reference.accumulation_dtype(rows.dtype)
     if weights.dtype != expected:
         raise DtypeError(f"weights has dtype {weights.dtype}, must be {expected} for rows of {rows.dtype}")
-    return _COMBINE_ROWS[backend_of(rows)](
-        rows.contiguous(), weights.contiguous(), plan.rows, plan.assignments, plan.expert_offsets
-    )
+    operands = (rows, weights, plan.rows, plan.assignments, plan.expert_offsets)
+    return _COMBINE_ROWS[backend_of(rows)](*(each.contiguous() for each in operands))

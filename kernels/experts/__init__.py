@@ -96,9 +96,9 @@ def run_experts(
     for float64) and in a fixed order: results repeat to the last bit. Second derivatives are not defined.
 
     Args:
-        x: ``(T, D)`` floating point.
+        x: ``(T, D)`` bfloat16, float16 or float32; on the CPU also float64.
         weights: ``(T, K)`` float32; float64 where ``x`` is. Those of no expert are not read; their gradient is 0.
-        plan: of T tokens, K choices, E experts.
+        plan: of T tokens, K choices, E experts; on the device of ``x``.
         up_weight: ``(E, U, D)``, dtype of ``x``; U = 2F for a gated activation, the gate's F rows first, else F.
         down_weight: ``(E, D, F)``, dtype of ``x``.
         up_bias: ``(E, U)``, dtype of ``x``.
@@ -114,24 +114,17 @@ def run_experts(
         ``(T, D)``, dtype of ``x``.
 
     Raises:
-        ShapeError: the shapes do not fit together, or on the CPU the plan's offsets do not ascend from 0 to at most N.
+        ShapeError: the shapes do not fit together, there is no expert, or on the CPU the plan's offsets do not ascend
+            from 0 to at most N.
         DtypeError: ``x`` is not floating point or not for the kernels of its device; another tensor does not match it.
     """
     _check(x, weights, plan, up_weight, down_weight, up_bias, down_bias, activation)
     inputs = (x, weights, up_weight, down_weight, up_bias, down_bias)
     differentiable = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
-    x, weights, up_weight, down_weight = (each.contiguous() for each in (x, weights, up_weight, down_weight))
-    up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
+    routing = (weights, plan.assignments, plan.expert_offsets, plan.rows)
+    operands = (x, *routing, up_weight, down_weight, up_bias, down_bias)
     y, _ = _FORWARD[backend_of(x)](
-        x,
-        weights,
-        plan.assignments,
-        plan.expert_offsets,
-        plan.rows,
-        up_weight,
-        down_weight,
-        up_bias,
-        down_bias,
+        *(None if each is None else each.contiguous() for each in operands),
         activation.value,
         differentiable and not recompute_up,
         weight_grad_dtype,
@@ -153,6 +146,8 @@ def _check(
     check_float("x", x)
     if down_weight.ndim != 3:
         raise ShapeError(f"down_weight has shape {tuple(down_weight.shape)}, must be (experts, dim, hidden)")
+    if down_weight.shape[0] == 0:
+        raise ShapeError(f"down_weight has 0 experts, shape {tuple(down_weight.shape)}, must have at least 1")
     num_experts, dim, hidden_dim = down_weight.shape
     up_dim = 2 * hidden_dim if activation.is_gated else hidden_dim
     expected = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 # A warp reads 512 bytes of a half-precision row at once, so that a row's sum stays within a warp. The tile must have
-# more elements than the program has threads: then one thread owns an element, and results may overwrite operands.
+# at least as many elements as the program has threads, see can_overwrite.
 BLOCK_ROWS = 8
 BLOCK_COLUMNS = 256
 NUM_WARPS = 4
@@ -36,11 +36,23 @@ def _activation(x, ACTIVATION: tl.constexpr):
         value = tl.where(x <= 0, 0.0, x)
         slope = tl.where(x <= 0, 0.0, 1.0)
     else:
-        tl.static_assert(ACTIVATION == "relu_squared")
+        tl.static_assert(ACTIVATION == "relu_squared", "an activation without a formula here")
         value = tl.where(x <= 0, 0.0, x)
         slope = 2 * value
         value *= value
     return value, slope
+
+
+def can_overwrite(hidden_dim: int, activation: str) -> bool:
+    """Whether results of :func:`activation_backward` may be stored over its operands.
+
+    They may where the thread that stores an element is the one that loaded it. Triton deals a tile out to threads by
+    how many neighbours an address is aligned for, for each load and store apart. Without a gate all addresses are
+    alike. With one, rows of ``up`` are twice as long: addresses are alike where ``hidden_dim`` is a multiple of 16, the
+    only factor that Triton looks for in an argument. Else elements are loaded in pairs, because of the gate, and some
+    stored one by one, by another thread or even another warp. ``tests/kernels/test_codegen.py`` reads the layouts.
+    """
+    return activation != "swiglu" or hidden_dim % 16 == 0
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -124,6 +136,7 @@ def _activation_backward_kernel(
     grad,
     bias,
     grad_up,
+    weighted,
     grad_weights,
     num_rows,
     num_experts,
@@ -136,7 +149,7 @@ def _activation_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """A program owns whole rows, so that each sum over a row has one order; ``grad_up`` may be ``up`` itself."""
+    """A program owns whole rows, so that each sum over a row has one order. Results may be operands, see above."""
     first_row = tl.program_id(0) * BLOCK_ROWS
     row = first_row + tl.arange(0, BLOCK_ROWS)
     inside = row < num_rows
@@ -153,12 +166,11 @@ def _activation_backward_kernel(
     for first in range(0, hidden_dim, BLOCK_COLUMNS):
         column = (first + tl.arange(0, BLOCK_COLUMNS))[None, :]
         readable = owned[:, None] & (column < hidden_dim)
-        slot = grad_hidden + row_start + column
-        dhidden = tl.load(slot, mask=readable, other=0.0).to(tl.float32)
+        dhidden = tl.load(grad_hidden + row_start + column, mask=readable, other=0.0).to(tl.float32)
         value = _store_grad_up(
             up + up_start + column, grad_up + up_start + column, weight * dhidden, readable, hidden_dim, ACTIVATION
         )
-        tl.store(slot, (weight * value).to(grad_hidden.dtype.element_ty), mask=readable)
+        tl.store(weighted + row_start + column, (weight * value).to(weighted.dtype.element_ty), mask=readable)
         dots += dhidden * value
     total = tl.sum(dots, axis=1)
     if HAS_BIAS:
@@ -207,6 +219,7 @@ def activation_backward(
     grad: Tensor,
     down_bias: Tensor | None,
     grad_up: Tensor,
+    weighted: Tensor,
     activation: str,
 ) -> Tensor:
     """The gradients on both sides of the activation, and the operand of the down weight's gradient, in one pass.
@@ -216,13 +229,15 @@ def activation_backward(
     Args:
         up: ``(N, U)``, the up projection before the activation, contiguous.
         grad_hidden: ``(N, F)``, the activation's gradient before routing weights, ``grad[t] @ down_weight``,
-            contiguous. Overwritten: afterwards each row is the activation times its routing weight.
+            contiguous.
         weights: ``(T, K)`` float32, contiguous.
         assignments: ``(N,)`` int32.
         expert_offsets: ``(E + 1,)`` int32.
         grad: ``(T, D)``, the output's gradient, contiguous; read only with ``down_bias``.
         down_bias: ``(E, D)`` contiguous, or None.
-        grad_up: ``(N, U)``, contiguous; receives the gradient of ``up``. May be ``up`` itself.
+        grad_up: ``(N, U)``, contiguous; receives the gradient of ``up``. May be ``up`` itself if :func:`can_overwrite`.
+        weighted: ``(N, F)``, contiguous; receives the activation times the routing weight of each row. May be
+            ``grad_hidden`` itself if :func:`can_overwrite`.
         activation: a value of :class:`moe.config.Activation`.
 
     Returns:
@@ -242,6 +257,7 @@ def activation_backward(
         grad,
         grad if down_bias is None else down_bias,  # a pointer is needed, and not read without a bias
         grad_up,
+        weighted,
         grad_weights,
         num_rows,
         num_experts,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels.combine.triton_backend import combine_rows, sum_rows
-from moe.kernels.experts.triton_activation import activation_backward, activation_forward
+from moe.kernels.experts.triton_activation import activation_backward, activation_forward, can_overwrite
 from moe.kernels.grouped_mm.triton_backend import grouped_mm, grouped_mm_weight_grad, grouped_sum
 
 
@@ -144,11 +144,14 @@ def _through_activation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of the up projection ``(N, U)``, the weighted activation ``(N, F)``, the gradient of ``weights``."""
     grad_hidden = grouped_mm(grad, down_weight.transpose(1, 2), expert_offsets, tokens=tokens)
-    if up.shape[0] == tokens.shape[0]:
+    in_place = can_overwrite(grad_hidden.shape[1], activation)
+    weighted = grad_hidden if in_place else torch.empty_like(grad_hidden)
+    if up.shape[0] == tokens.shape[0]:  # kept by autograd, which another backward may read
         grad_up = torch.empty_like(up)
-    else:  # an up projection of our own may be overwritten by its gradient
-        grad_up = up = grouped_mm(x, up_weight, expert_offsets, tokens=tokens, bias=up_bias)
+    else:
+        up = grouped_mm(x, up_weight, expert_offsets, tokens=tokens, bias=up_bias)
+        grad_up = up if in_place else torch.empty_like(up)
     grad_weights = activation_backward(
-        up, grad_hidden, weights, assignments, expert_offsets, grad, down_bias, grad_up, activation
+        up, grad_hidden, weights, assignments, expert_offsets, grad, down_bias, grad_up, weighted, activation
     )
-    return grad_up, grad_hidden, grad_weights
+    return grad_up, weighted, grad_weights

@@ -49,7 +49,7 @@ def gather_rows(x: Tensor, plan: Plan) -> Tensor:
 
     Args:
         x: ``(T, D)`` floating point.
-        plan: of T tokens.
+        plan: of T tokens, on the device of ``x``.
 
     Returns:
         ``(N, D)``, dtype of ``x``.
@@ -61,4 +61,4 @@ def gather_rows(x: Tensor, plan: Plan) -> Tensor:
     if x.ndim != 2 or x.shape[0] != plan.rows.shape[0]:
         raise ShapeError(f"x has shape {tuple(x.shape)}, must be (tokens, dim) with tokens={plan.rows.shape[0]}")
     check_float("x", x)
-    return _GATHER_ROWS[backend_of(x)](x.contiguous(), plan.assignments, plan.rows)
+    return _GATHER_ROWS[backend_of(x)](x.contiguous(), plan.assignments.contiguous(), plan.rows.contiguous())

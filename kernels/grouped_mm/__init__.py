@@ -63,15 +63,15 @@ def grouped_mm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
     Args:
         rows: ``(N, I)`` floating point, sorted by expert.
         weight: ``(E, O, I)``, dtype of ``rows``.
-        expert_offsets: ``(E + 1,)`` int32, ascending from 0 to at most N; expert e owns rows
+        expert_offsets: ``(E + 1,)`` int32, on the device of ``rows``, ascending from 0 to at most N; expert e owns rows
             ``expert_offsets[e] .. expert_offsets[e + 1]``. Checked on the CPU; on a GPU its values are not read back.
 
     Returns:
         ``(N, O)``, dtype of ``rows``.
 
     Raises:
-        ShapeError: the shapes do not fit together, or on the CPU ``expert_offsets`` does not ascend from 0 to at
-            most N.
+        ShapeError: the shapes do not fit together, there is no expert, or on the CPU ``expert_offsets`` does not ascend
+            from 0 to at most N.
         DtypeError: ``rows`` and ``weight`` differ, the kernels of their device do not compute with their dtype, or
             ``expert_offsets`` is not int32.
     """
@@ -79,6 +79,8 @@ def grouped_mm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
         raise ShapeError(
             f"rows has shape {tuple(rows.shape)} and weight {tuple(weight.shape)}, must be (N, I) and (E, O, I)"
         )
+    if weight.shape[0] == 0:
+        raise ShapeError(f"weight has 0 experts, shape {tuple(weight.shape)}, must have at least 1")
     if expert_offsets.shape != (weight.shape[0] + 1,):
         raise ShapeError(f"expert_offsets has shape {tuple(expert_offsets.shape)}, must be ({weight.shape[0] + 1},)")
     check_float("rows", rows)
@@ -86,4 +88,5 @@ def grouped_mm(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
         raise DtypeError(f"weight has dtype {weight.dtype}, must be {rows.dtype} as rows")
     if expert_offsets.dtype != torch.int32:
         raise DtypeError(f"expert_offsets has dtype {expert_offsets.dtype}, must be int32")
-    return _GROUPED_MM[backend_of(rows)](rows.contiguous(), weight.contiguous(), expert_offsets)
+    operands = (each.contiguous() for each in (rows, weight, expert_offsets))
+    return _GROUPED_MM[backend_of(rows)](*operands)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from moe.kernels.grouped_mm.triton_product import COLUMN_TILES, grouped_mm_kernel
-from moe.kernels.grouped_mm.triton_tiles import fits_tma, tile_for
+from moe.kernels.grouped_mm.triton_tiles import rows_fit_tma, tile_for, weight_fits_tma
 from moe.kernels.grouped_mm.triton_weight_grad import grouped_sum_kernel, weight_grad_kernel
 
 SUM_BLOCK_ROWS = 32
@@ -27,14 +27,6 @@ def _with_scratch(device: torch.device, launch: Callable[[], None]) -> None:
         launch()
 
     copy_context().run(run)
-
-
-def _weight_fits_tma(weight: Tensor, depth: int) -> bool:
-    """Whether one descriptor describes all experts' matrices as one, in which no block adds the next expert's."""
-    if weight.stride(2) == 1:
-        return fits_tma(weight) and weight.stride(0) % weight.stride(1) == 0
-    upright = weight.transpose(1, 2)
-    return fits_tma(upright) and weight.stride(0) % weight.stride(2) == 0 and weight.shape[2] % depth == 0
 
 
 def grouped_mm(
@@ -57,7 +49,7 @@ def grouped_mm(
     out = rows.new_empty(num_rows, num_out)
     if out.numel() == 0:
         return out
-    tile = tile_for(rows.dtype, num_out)
+    tile = tile_for(rows.dtype, num_out, num_in)
     # N rows in at most that many non-empty groups: each group adds less than one tile to N / tile.rows.
     # sym_min and not min, so that a compiled layer is not compiled again where one of the two becomes the smaller.
     most_tiles = num_rows // tile.rows + torch.sym_min(num_experts + 1, num_rows)
@@ -79,8 +71,8 @@ def grouped_mm(
             *weight.stride(),
             GATHER=tokens is not None,
             HAS_BIAS=bias is not None,
-            ROWS_TMA=tile.tma and tokens is None and fits_tma(rows),
-            WEIGHT_TMA=tile.tma and _weight_fits_tma(weight, tile.depth),
+            ROWS_TMA=tile.tma and tokens is None and rows_fit_tma(rows),
+            WEIGHT_TMA=tile.tma and weight_fits_tma(weight, tile.depth),
             BLOCK_ROWS=tile.rows,
             BLOCK_OUT=tile.width,
             DEPTH=tile.depth,
@@ -115,14 +107,14 @@ def grouped_mm_weight_grad(
     Returns:
         ``(E, O, I)``; zero for an expert without rows.
     """
-    assert grad_tokens is None or row_tokens is None
+    assert grad_tokens is None or row_tokens is None, "the kernel gathers one operand, its left"
     num_experts = expert_offsets.shape[0] - 1
     out = rows.new_empty(num_experts, grad.shape[1], rows.shape[1], dtype=out_dtype)
     if out.numel() == 0:
         return out
     # The left operand may be gathered: it has the narrower side of a tile, so fewer addresses.
     left, right, tokens = (grad, rows, grad_tokens) if row_tokens is None else (rows, grad, row_tokens)
-    tile = tile_for(rows.dtype, right.shape[1])
+    tile = tile_for(rows.dtype, right.shape[1], left.shape[1])
     tiles = triton.cdiv(left.shape[1], tile.rows) * triton.cdiv(right.shape[1], tile.width)
     _with_scratch(
         rows.device,
@@ -136,8 +128,8 @@ def grouped_mm_weight_grad(
             right.shape[1],
             TRANSPOSED=row_tokens is not None,
             GATHER=tokens is not None,
-            LEFT_TMA=tile.tma and tokens is None and fits_tma(left),
-            RIGHT_TMA=tile.tma and fits_tma(right),
+            LEFT_TMA=tile.tma and tokens is None and rows_fit_tma(left),
+            RIGHT_TMA=tile.tma and rows_fit_tma(right),
             BLOCK_LEFT=tile.rows,
             BLOCK_RIGHT=tile.width,
             DEPTH=tile.depth,

@@ -35,7 +35,13 @@ def _find_tile(
     BLOCK_EXPERTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A tile's expert (``num_experts`` for no expert), its first row, the end of its group and its column."""
+    """A tile's expert (``num_experts`` for no expert), its first row, the end of its group and its column.
+
+    Example, offsets [0, 3, 3, 8] and 9 rows, BLOCK_ROWS=2, tiles_across=3, COLUMNS=2. Expert 0 has 2 tiles of rows, 1
+    has none, 2 has 3 and no expert has 1, times 3 columns: ``last_tile = [6, 6, 15]``, 18 tiles. Index 9 has passed the
+    first two: expert 2, local 3. A strip of two columns takes 3 * 2 tiles of it, so strip 0, within 3: the second tile
+    of rows, the second column, hence ``(2, 3 + 2, 8, 1)``. Local 6 begins strip 1, one column wide: ``(2, 3, 8, 2)``.
+    """
     last_tile = _count_tiles(expert_offsets, num_experts, BLOCK_ROWS, BLOCK_EXPERTS) * tiles_across
     is_expert = tl.arange(0, BLOCK_EXPERTS) < num_experts
     expert = tl.sum(((last_tile <= index) & is_expert).to(tl.int32), axis=0)

@@ -1,4 +1,4 @@
-"""Which GPUs the grouped products run on, and the tile each of them gets.
+"""The tile that each GPU gets for its grouped products, and what its tensor memory accelerator can fetch.
 
 A tile is a pure function of the GPU, the dtype and the widths, never of the number of rows: a row is then summed in the
 same order whatever else is in its batch, and gets the same bits (batch invariance).
@@ -52,13 +52,25 @@ _BLACKWELL = tuple(replace(tile, strip=1) for tile in _HOPPER)  # more in a row 
 _CDNA = (Tile(128, 256, 32, 8, 2), Tile(128, 128, 32, 4, 2, per_sm=2), Tile(128, 64, 32, 4, 2, per_sm=2))
 # Products of float32 are not for tensor cores but unrolled into the program, which a deep tile would bloat.
 _FLOAT32 = (Tile(128, 128, 16, 8, 3), Tile(128, 64, 16, 4, 3, per_sm=2))
+# For rows of half precision that do not start at multiples of 16 bytes: their elements pass through registers one by
+# one, and a larger tile would spill hundreds of bytes a thread. AMD's GPUs have registers enough.
+_UNALIGNED = (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 8, 4, per_sm=2))
+_UNALIGNED_BLACKWELL = tuple(replace(tile, rows=64) for tile in _UNALIGNED)
 
 
-def tiles_of(family: str, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """All tiles that a family of GPUs may get, the widest first."""
+def tiles_of(family: str, dtype: torch.dtype, *, aligned: bool = True) -> tuple[Tile, ...]:
+    """All tiles that a family of GPUs may get, the widest first.
+
+    Args:
+        family: see :func:`moe.kernels.triton_gpus.family_of`.
+        dtype: of the operands.
+        aligned: whether both widths are multiples of 16 bytes.
+    """
     if dtype == torch.float32:
         return _FLOAT32
-    return {"ampere": _AMPERE, "hopper": _HOPPER, "blackwell": _BLACKWELL, "cdna": _CDNA}[family]
+    if aligned or family == "cdna":
+        return {"ampere": _AMPERE, "hopper": _HOPPER, "blackwell": _BLACKWELL, "cdna": _CDNA}[family]
+    return _UNALIGNED_BLACKWELL if family == "blackwell" else _UNALIGNED
 
 
 def operand_bytes(tile: Tile, dtype: torch.dtype) -> int:
@@ -81,14 +93,42 @@ def gpu_family() -> str:
     return family
 
 
-def tile_for(dtype: torch.dtype, width: int) -> Tile:
-    """The tile for a block's width on the current GPU: the narrowest that holds it, or the widest."""
-    tiles = tiles_of(gpu_family(), dtype)
+def tile_for(dtype: torch.dtype, width: int, other_width: int) -> Tile:
+    """The tile for a product on the current GPU: the narrowest that holds its width, or the widest.
+
+    Args:
+        dtype: of the operands.
+        width: of the product, or of the right operand of a weight's gradient.
+        other_width: of what is multiplied, or of the left operand.
+    """
+    tiles = tiles_of(gpu_family(), dtype, aligned=_aligned(dtype, width, other_width))
     return next((tile for tile in reversed(tiles) if tile.width >= width), tiles[0])
 
 
-def fits_tma(tensor: Tensor) -> bool:
-    """Whether the tensor memory accelerator can fetch blocks of a tensor: the last dimension dense, all aligned."""
-    *outer, last = tensor.stride()
-    steps = (*outer, tensor.storage_offset())
-    return last == 1 and all(step * tensor.itemsize % TMA_ALIGNMENT == 0 for step in steps)
+def _aligned(dtype: torch.dtype, *steps: int | torch.SymInt) -> bool:
+    return all(step * dtype.itemsize % TMA_ALIGNMENT == 0 for step in steps)
+
+
+def rows_fit_tma(rows: Tensor) -> bool:
+    """Whether the tensor memory accelerator can fetch blocks of contiguous ``(N, width)``: each row starts aligned.
+
+    Not by its strides: PyTorch calls one row contiguous whatever its stride, and the kernels go by the width.
+    """
+    return _aligned(rows.dtype, rows.shape[1], rows.storage_offset())
+
+
+def weight_fits_tma(weight: Tensor, depth: int) -> bool:
+    """Whether one descriptor describes all experts' matrices as one, in which no block adds the next expert's.
+
+    Args:
+        weight: ``(E, O, I)``, any strides: the kernel goes by them.
+        depth: of the tile.
+    """
+    between, across, along = weight.stride()
+    if along == 1:
+        step = across
+    elif across == 1 and weight.shape[2] % depth == 0:  # a block past the end would add the next expert's products
+        step = along
+    else:
+        return False
+    return _aligned(weight.dtype, between, step, weight.storage_offset()) and between % step == 0

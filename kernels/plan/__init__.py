@@ -39,7 +39,8 @@ def make_plan(expert_ids: Tensor, num_experts: int) -> Plan:
         num_experts: E.
 
     Returns:
-        The plan: ``assignments (T * K,)``, ``expert_offsets (E + 1,)`` and ``rows (T, K)``, int32.
+        The plan: ``assignments (T * K,)``, ``expert_offsets (E + 1,)`` and ``rows (T, K)``, int32, on the device of
+        ``expert_ids``.
 
     Raises:
         ShapeError: ``expert_ids`` is not a matrix, has no column, or has 2^31 elements or more.

@@ -85,5 +85,6 @@ def make_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     wrap_triton(_place_kernel)[(num_blocks,)](
         expert_ids, first_rows, assignments, rows, total, num_experts, num_blocks, BLOCK=BLOCK
     )
-    # The share of "no expert" begins where the last expert's ends.
-    return assignments, first_rows[::num_blocks].contiguous(), rows
+    # The share of "no expert" begins where the last expert's ends. Not a slice with a step: its length would be a
+    # function of the number of tokens to torch.compile, which then guards on it.
+    return assignments, first_rows.view(num_experts + 1, num_blocks)[:, 0].contiguous(), rows

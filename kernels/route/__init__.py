@@ -125,8 +125,8 @@ def route(
         score_function: a ``ScoreFunction``.
         normalize: divide a token's chosen scores by their sum.
         scale: factor on the weights.
-        score_bias: ``(E,)`` float32, added to the scores for selection only.
-        token_mask: ``(T,)`` bool, False for tokens that get no expert.
+        score_bias: ``(E,)`` float32, on the device of ``logits``, added to the scores for selection only.
+        token_mask: ``(T,)`` bool, on the device of ``logits``, False for tokens that get no expert.
         by_score: compare scores, not logits, even without a bias.
         num_groups: the experts form this many groups of consecutive ids, and a token chooses within its best
             ``top_groups``. A group is as good as the sum of its two best scores with their biases.
@@ -188,7 +188,7 @@ def weigh(
 
     Args:
         logits: ``(T, E)`` float32; on the CPU also float64.
-        expert_ids: ``(T, K)`` int32, values in -1 .. E - 1, -1 for no expert.
+        expert_ids: ``(T, K)`` int32, on the device of ``logits``, values in -1 .. E - 1, -1 for no expert.
         score_function: a ``ScoreFunction``.
         normalize: divide a token's chosen scores by their sum.
         scale: factor on the weights.

@@ -65,6 +65,16 @@ def weight_gradient_gather_grad() -> None:
     products.grouped_mm_weight_grad(grad, rows, offsets(), grad_tokens=integers(ROWS), out_dtype=torch.float32)
 
 
+def odd_widths(num_in: int, num_out: int) -> None:
+    """Products of rows that do not start at multiples of 16 bytes."""
+    weight, bias = empty(EXPERTS, num_out, num_in), empty(EXPERTS, num_out)
+    tokens, grad, row_ids = empty(TOKENS, num_in), empty(ROWS, num_out), integers(ROWS)
+    products.grouped_mm(tokens, weight, offsets(), tokens=row_ids, bias=bias)
+    products.grouped_mm(grad, weight.transpose(1, 2), offsets())
+    products.grouped_mm_weight_grad(grad, empty(ROWS, num_in), offsets(), out_dtype=torch.float32)
+    products.grouped_mm_weight_grad(grad, tokens, offsets(), row_tokens=row_ids)
+
+
 def bias_gradient() -> None:
     weights = empty(ROWS, dtype=torch.float32)
     products.grouped_sum(empty(TOKENS, DIM), offsets(), tokens=integers(ROWS), row_weights=weights)
@@ -96,7 +106,10 @@ def activation_backward() -> None:
     up, weights = empty(ROWS, 2 * HIDDEN), empty(TOKENS, TOP_K, dtype=torch.float32)
     grad, bias = empty(TOKENS, DIM), empty(EXPERTS, DIM)
     rows = integers(ROWS), offsets()
-    activation.activation_backward(up, empty(ROWS, HIDDEN), weights, *rows, grad, bias, torch.empty_like(up), "swiglu")
+    grad_hidden = empty(ROWS, HIDDEN)
+    activation.activation_backward(
+        up, grad_hidden, weights, *rows, grad, bias, torch.empty_like(up), grad_hidden, "swiglu"
+    )
 
 
 def _operands() -> tuple[list[Tensor], list[Tensor | None]]:
@@ -162,6 +175,7 @@ OTHER_TILES: dict[str, Callable[[], None]] = {
         f"weight gradient gather rows, {width} wide": lambda width=width: weight_gradient_gather_rows(width)
         for width in (128, 64)
     },
+    **{f"{i} to {o} wide": lambda i=i, o=o: odd_widths(i, o) for i, o in ((1030, 515), (1025, 37))},
 }
 
 

@@ -86,6 +86,18 @@ def test_a_gpu_uses_triton_and_says_when_it_is_missing(monkeypatch: pytest.Monke
         backends.backend_of(tensor)
 
 
+def test_a_gpu_that_is_not_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        first, second = torch.empty(1, device="cuda:0"), torch.empty(1, device="cuda:1")
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
+    assert backends.backend_of(second) == "triton"  # CUDA has not started: a tensor that is only described
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert backends.backend_of(first) == "triton"
+    with pytest.raises(ConfigError, match=r"device=cuda:1 is not the current one, cuda:0.*set_device\(1\)"):
+        backends.backend_of(second)
+
+
 def test_another_device_is_refused() -> None:
     with FakeTensorMode():
         tensor = torch.empty(1, device="xpu")

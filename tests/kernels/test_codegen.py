@@ -43,6 +43,7 @@ check("sm90", {
     "slow": launch(multiplies, torch.float32, 16, 1),
     "none": lambda: None,
     "good": launch(multiplies, torch.float16, 64, 1),
+    "both": lambda: (launch(multiplies, torch.float32, 16, 1)(), launch(multiplies, torch.float16, 64, 1)()),
 })
 """
 
@@ -60,13 +61,42 @@ def test_every_tile_fits_and_spills_nothing(gpu: str, tmp_path: Path) -> None:
     assert f"{gpu} forward: grouped_mm_kernel: fine" in done.stdout
 
 
+# Results that overwrite operands: an element must be loaded and stored by one thread. The last is the counterexample.
+IN_PLACE = """
+import torch
+from moe.kernels.experts.triton_activation import BLOCK_COLUMNS, BLOCK_ROWS, activation_backward, can_overwrite
+from tests.support.codegen import GPUS, layouts, recorded
+
+for activation, hidden_dim in (("swiglu", 48), ("swiglu", 1024), ("relu", 50), ("swiglu", 50)):
+    make = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype)
+    up, hidden = make(64, hidden_dim * (2 if activation == "swiglu" else 1)), make(64, hidden_dim)
+    routing = (make(16, 4, dtype=torch.float32), make(64, dtype=torch.int32), make(9, dtype=torch.int32))
+    with recorded(GPUS["{gpu}"]) as compiled:
+        activation_backward(up, hidden, *routing, make(16, 32), None, up, hidden, activation)
+    found = layouts(compiled[0], f"{{BLOCK_ROWS}}x{{BLOCK_COLUMNS}}")
+    print(activation, hidden_dim, can_overwrite(hidden_dim, activation), len(found))
+"""
+
+
+@pytest.mark.parametrize("gpu", ["sm90", "gfx942"])
+def test_results_overwrite_operands_where_both_have_one_layout(gpu: str, tmp_path: Path) -> None:
+    done = python("-c", IN_PLACE.format(gpu=gpu), cache=tmp_path)
+    expected = ["swiglu 48 True 1", "swiglu 1024 True 1", "relu 50 True 1", "swiglu 50 False 2"]
+    assert done.stdout.splitlines() == expected, done.stderr[-3000:]
+
+
 def test_faults_are_found(tmp_path: Path) -> None:
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY)  # Triton reads a kernel's source from its file
     done = python("-c", f"import runpy; runpy.run_path({str(script)!r})", cache=tmp_path)
-    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert "spills" in lines["sm90 much"], done.stderr[-3000:]
-    assert "bytes of shared memory, 232448 at most" in lines["sm90 wide"]
-    assert "multiplies without wgmma" in lines["sm90 slow"]
-    assert "launches nothing" in lines["sm90 none"]
-    assert lines["sm90 good"] == "multiplies: fine"
+    lines: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        case, found = line.split(": ", 1)
+        lines.setdefault(case, []).append(found)
+    assert "spills" in lines["sm90 much"][0], done.stderr[-3000:]
+    assert "bytes of shared memory, 232448 at most" in lines["sm90 wide"][0]
+    assert "multiplies without wgmma" in lines["sm90 slow"][0]
+    assert "launches nothing" in lines["sm90 none"][0]
+    assert lines["sm90 good"] == ["multiplies: fine"]
+    slow, good = lines["sm90 both"]  # launches of one kernel, each judged
+    assert (slow, good) == (lines["sm90 slow"][0], "multiplies: fine")

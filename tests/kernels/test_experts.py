@@ -243,6 +243,9 @@ def test_wrong_inputs_are_named() -> None:
     fails(ShapeError, r"up_weight has shape \(5, 47, 33\), must be \(5, 48, 33\)", up_weight=case.up_weight[:, :47])
     fails(ShapeError, r"down_bias has shape \(4, 33\)", down_bias=case.down_bias[:4])
     fails(ShapeError, r"down_weight has shape \(33, 24\), must be \(experts", down_weight=case.down_weight[0])
+    fails(ShapeError, r"down_weight has 0 experts, shape \(0, 33, 24\)", down_weight=case.down_weight[:0])
+    supported = "must be bfloat16, float16, float32 or float64"
+    fails(DtypeError, f"x has dtype torch.float8_e4m3fn, {supported}", x=case.x.to(torch.float8_e4m3fn))
 
 
 def test_offsets_that_do_not_fit_the_rows_are_an_error() -> None:

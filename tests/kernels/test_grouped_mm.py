@@ -87,6 +87,7 @@ def offsets_of(*values: int) -> Tensor:
         (torch.zeros(5, 4), torch.zeros(3, 4), offsets_of(0, 2, 5), ShapeError, r"weight \(3, 4\)"),
         (torch.zeros(5, 4), torch.zeros(2, 4, 3), offsets_of(0, 2, 5), ShapeError, r"must be \(N, I\) and \(E, O, I\)"),
         (torch.zeros(5, 4), torch.zeros(2, 3, 4), offsets_of(0, 5), ShapeError, r"must be \(3,\)"),
+        (torch.zeros(5, 4), torch.zeros(0, 3, 4), offsets_of(0), ShapeError, r"weight has 0 experts, shape \(0, 3"),
         (torch.zeros(5, 4), torch.zeros(2, 3, 4), offsets_of(0, 2, 6), ShapeError, r"\[0, 2, 6\] must start at 0"),
         (torch.zeros(5, 4), torch.zeros(2, 3, 4), offsets_of(1, 2, 5), ShapeError, "must start at 0"),
         (torch.zeros(5, 4), torch.zeros(2, 3, 4), offsets_of(0, 4, 3), ShapeError, "ascend to at most 5"),
@@ -151,6 +152,31 @@ class TestTiles:
     def test_the_narrowest_tile_that_holds_a_width(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from moe.kernels.grouped_mm.triton_tiles import tile_for
 
+        def widths(dtype: torch.dtype, *of: int, other: int) -> list[int]:
+            return [tile_for(dtype, width, other).width for width in of]
+
         self.simulate(monkeypatch, 80, 166_912)
-        assert [tile_for(torch.bfloat16, width).width for width in (1, 64, 65, 129, 4096)] == [64, 64, 128, 256, 256]
-        assert [tile_for(torch.float32, width).width for width in (1, 64, 65, 4096)] == [64, 64, 128, 128]
+        assert widths(torch.bfloat16, 8, 64, 72, 136, 4096, other=512) == [64, 64, 128, 256, 256]
+        assert widths(torch.bfloat16, 8, 64, 72, 136, 4096, other=515) == [64, 64, 128, 128, 128]
+        assert widths(torch.bfloat16, 1, 63, 65, 129, 4095, other=512) == [64, 64, 128, 128, 128]
+        assert widths(torch.float32, 1, 64, 65, 4096, other=515) == [64, 64, 128, 128]
+
+    def test_rows_that_are_not_aligned_are_not_fetched_by_tma(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from moe.kernels.grouped_mm.triton_tiles import rows_fit_tma, tile_for, weight_fits_tma
+
+        self.simulate(monkeypatch, 90, 232_448)
+        assert tile_for(torch.bfloat16, 1024, 512).tma
+        assert not tile_for(torch.bfloat16, 1024, 516).tma
+        assert not tile_for(torch.bfloat16, 516, 1024).tma
+        rows = torch.zeros(65, dtype=torch.bfloat16)
+        assert rows_fit_tma(rows[:64].view(4, 16))
+        assert not rows_fit_tma(rows[1:].view(4, 16))  # starts in between
+        row = rows[:16].view(1, 16)[:, :5]  # contiguous, because its stride of 16 leads nowhere
+        assert row.is_contiguous()
+        assert not rows_fit_tma(row)
+        weight = torch.zeros(3, 64, 16, dtype=torch.bfloat16)
+        assert weight_fits_tma(weight, 64)
+        assert weight_fits_tma(weight.transpose(1, 2), 64)
+        assert not weight_fits_tma(weight[:, :48].transpose(1, 2), 64)  # a block of 64 would reach the next expert
+        assert not weight_fits_tma(weight[:, :, ::2], 64)
+        assert not weight_fits_tma(weight[:, :, 1:], 64)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe.config import Activation
+from moe.kernels.experts import triton_backend
 from moe.kernels.experts.triton_activation import activation_backward, activation_forward
 from moe.kernels.experts.triton_backend import experts_backward, experts_forward
 from tests.support.experts import GRADIENTS, Case, assert_close, make_case, ragged_case
@@ -66,8 +67,10 @@ def assert_same_bits(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize(
+    ("activation", "bias"),  # without one, gated and not: the bias does not meet the formula of the activation
+    [*((activation, True) for activation in Activation), (Activation.SWIGLU, False), (Activation.RELU, False)],
+)
 def test_agrees_with_every_token_through_every_expert(activation: Activation, bias: bool, dtype: torch.dtype) -> None:
     check(ragged_case(activation=activation, bias=bias, dtype=dtype))
 
@@ -98,10 +101,30 @@ def test_agrees_for_any_shape(routing: tuple[Tensor, int], dim: int, hidden_dim:
     check(make_case(*routing, dim=dim, hidden_dim=hidden_dim, activation=activation))
 
 
-@pytest.mark.parametrize("activation", [Activation.SWIGLU, Activation.RELU_SQUARED])
-def test_an_up_projection_that_is_computed_again_gives_the_same_bits(activation: Activation) -> None:
-    case = ragged_case(activation=activation)
+# By activation and hidden_dim: whether a result of the activation's gradient may lie where its operand was.
+IN_PLACE = {
+    (Activation.SWIGLU, 48): True,
+    (Activation.SWIGLU, 50): False,
+    (Activation.RELU_SQUARED, 24): True,
+}
+
+
+@pytest.mark.parametrize(("activation", "hidden_dim"), IN_PLACE)
+def test_an_up_projection_that_is_computed_again_gives_the_same_bits(
+    activation: Activation, hidden_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[tuple[bool, bool]] = []
+
+    def spy(up: Tensor, grad_hidden: Tensor, *others: Any) -> Tensor:
+        *_, grad_up, weighted, _ = others
+        shared.append((up.data_ptr() == grad_up.data_ptr(), grad_hidden.data_ptr() == weighted.data_ptr()))
+        return activation_backward(up, grad_hidden, *others)
+
+    monkeypatch.setattr(triton_backend, "activation_backward", spy)
+    case = ragged_case(activation=activation, hidden_dim=hidden_dim)
     assert_same_bits(run(case, keep_up=True), run(case, keep_up=False))
+    allowed = IN_PLACE[activation, hidden_dim]
+    assert shared == [(False, allowed), (allowed, allowed)]
 
 
 def test_repeats_to_the_last_bit() -> None:
@@ -181,12 +204,12 @@ def test_the_activation_of_rows_wider_than_a_block(activation: Activation, hidde
     expected_weights = torch.zeros(12, dtype=torch.float64).scatter_(0, plan.assignments[:owned].long(), dots)
 
     on_gpu = move(plan, "cuda")
-    up, weighted, target = up.cuda(), grad_hidden.clone().cuda(), torch.full_like(up, 7.0).cuda()
+    up, weighted, target = up.cuda(), torch.full_like(grad_hidden, 7.0).cuda(), torch.full_like(up, 7.0).cuda()
     with poisoned_memory():
         hidden = activation_forward(up, on_gpu.expert_offsets, str(activation))
         grad_weights = activation_backward(
-            up, weighted, weights.cuda(), on_gpu.assignments, on_gpu.expert_offsets, grad.cuda(), bias.cuda(), target,
-            str(activation),
+            up, grad_hidden.cuda(), weights.cuda(), on_gpu.assignments, on_gpu.expert_offsets, grad.cuda(), bias.cuda(),
+            target, weighted, str(activation),
         )  # fmt: skip
     for value, wanted in [
         (hidden[:owned], expected[:owned]),
@@ -196,7 +219,7 @@ def test_the_activation_of_rows_wider_than_a_block(activation: Activation, hidde
     ]:
         torch.testing.assert_close(value.cpu().double(), wanted, rtol=1e-5, atol=3e-5)
     assert (target[owned:] == 7).all()
-    assert torch.equal(weighted[owned:].cpu(), grad_hidden[owned:])
+    assert (weighted[owned:] == 7).all()
 
 
 @pytest.mark.parametrize("activation", Activation)
@@ -210,9 +233,10 @@ def test_the_activation_of_extreme_numbers(activation: Activation) -> None:
     offsets = torch.tensor([0, 1], dtype=torch.int32).cuda()
     target = torch.empty_like(up).cuda()
     value = activation_forward(up.cuda(), offsets, str(activation))
+    grad_hidden = torch.ones(1, numbers.numel()).cuda()
     activation_backward(
-        up.cuda(), torch.ones(1, numbers.numel()).cuda(), ones.cuda(), offsets[:1], offsets, ones.cuda(), None, target,
-        str(activation),
+        up.cuda(), grad_hidden, ones.cuda(), offsets[:1], offsets, ones.cuda(), None, target,
+        torch.empty_like(grad_hidden), str(activation),
     )  # fmt: skip
     torch.testing.assert_close(value.cpu(), hidden.float(), rtol=2e-6, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(target.cpu(), grad_up.float(), rtol=2e-6, atol=1e-6, equal_nan=True)

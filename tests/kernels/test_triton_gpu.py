@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels.combine import combine_rows
+from moe.kernels.experts import run_experts
 from moe.kernels.gather import gather_rows
 from moe.kernels.grouped_mm import grouped_mm
 from moe.kernels.plan import make_plan
@@ -140,6 +141,27 @@ def check_grouped_mm(plan: Plan, num_in: int, num_out: int, dtype: torch.dtype) 
         "cuda",
         poison_grad=lambda grad: poison_unowned(grad, plan),
     )
+
+
+def every_second(values: Tensor) -> Tensor:
+    """The same values with gaps of other numbers between them, along the last dimension."""
+    return torch.stack([values, torch.full_like(values, 2)], -1)[..., 0]
+
+
+def test_a_plan_with_gaps_in_memory_is_the_plan() -> None:
+    ids = random_ids(9, 2, 3)
+    plan = move(naive_plan(ids, 3), "cuda")
+    gaps = Plan(*(every_second(part) for part in (plan.assignments, plan.expert_offsets, plan.rows)))
+    assert not any(part.is_contiguous() for part in (gaps.assignments, gaps.expert_offsets, gaps.rows))
+    x, weights = torch.randn(9, 16).cuda().requires_grad_(), torch.rand(9, 2).cuda()
+    up, down = torch.randn(3, 32, 16).cuda().requires_grad_(), torch.randn(3, 16, 16).cuda()
+
+    def run(plan: Plan) -> list[Tensor]:
+        y = combine_rows(grouped_mm(gather_rows(x, plan), up, plan.expert_offsets), weights, plan)
+        z = run_experts(x, weights, plan, up, down)
+        return [y, z, *torch.autograd.grad(y.sum() + z.sum(), (x, up))]
+
+    assert all(torch.equal(found, expected) for found, expected in zip(run(gaps), run(plan)))
 
 
 def test_float32_products_are_not_rounded_to_tf32() -> None:

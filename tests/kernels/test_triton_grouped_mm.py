@@ -192,7 +192,7 @@ def test_many_experts_and_columns_are_all_visited(family: None) -> None:
 def test_strips_of_columns_cover_a_wide_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "COLUMN_TILES", 2)  # five tiles across in strips of two, over two tiles of rows
     monkeypatch.setattr(
-        products, "tile_for", lambda dtype, width: triton_tiles.Tile(rows=16, width=16, depth=16, warps=4, stages=2)
+        products, "tile_for", lambda dtype, *widths: triton_tiles.Tile(rows=16, width=16, depth=16, warps=4, stages=2)
     )
     case = Case(offsets=(0, 20, 23), num_rows=25, num_in=16, num_out=70)
     rows, weight = case.rows_with_nan(16), case.random(2, 70, 16)

@@ -163,6 +163,18 @@ def test_nothing_is_rounded_to_fewer_bits_than_float32_has(dtype: torch.dtype) -
     assert exact[0, 0].item() == odd
 
 
+def test_infinite_numbers_beside_halves_stay_infinite() -> None:
+    infinite = torch.randn(16, 16)
+    infinite[3, 2], infinite[5, 7], infinite[6, 0] = float("inf"), -float("inf"), float("nan")
+    infinite[9, 9] = 3.4e38  # rounds to an infinite bfloat16
+    half = torch.randn(16, 16).bfloat16()
+    for x, weight in ((infinite, half), (half, infinite)):
+        found = router_logits(x.cuda(), weight.cuda()).cpu()
+        expected = x.double() @ weight.double().T
+        expected = expected.float().where(expected.abs() < 1e37, expected * float("inf")).float()
+        torch.testing.assert_close(found, expected, **TOLERANCE[torch.float32], equal_nan=True)
+
+
 def test_gradients_of_many_tokens_are_split_into_ranges() -> None:
     tokens = SPLIT_TOKENS * 2 + 40
     x, grad = torch.randn(tokens, 16), torch.randn(tokens, 4)

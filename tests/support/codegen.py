@@ -1,6 +1,6 @@
 """Compiles kernels for a GPU that is not there, and says what is wrong with the machine code.
 
-``python -m tests.support.codegen sm90`` prints a line for every kernel of tests/kernels/codegen_cases.py, and leaves
+``python -m tests.support.codegen sm90`` prints a line for every launch of tests/kernels/codegen_cases.py, and leaves
 with 1 if one spills, does not fit, or does not use the matrix instructions of its GPU. A process of its own, because
 Triton compiles the source of a function, which a test run wraps in checks of its annotations.
 """
@@ -70,6 +70,15 @@ class _CudaOnCpu(torch.overrides.TorchFunctionMode):
 
 
 @contextmanager
+def pretended(gpu: Gpu) -> Iterator[None]:
+    """Inside, launch functions choose tiles for a GPU that is not there."""
+    properties = SimpleNamespace(multi_processor_count=gpu.processors)
+    triton.runtime.driver.set_active(_Driver(gpu))
+    with patch.object(torch.cuda, "get_device_properties", lambda device: properties):
+        yield
+
+
+@contextmanager
 def recorded(gpu: Gpu) -> Iterator[list[Any]]:
     """Inside, kernels are compiled for a GPU where they would be launched; yields the compiled kernels."""
     compiled: list[Any] = []
@@ -78,13 +87,7 @@ def recorded(gpu: Gpu) -> Iterator[list[Any]]:
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
-    properties = SimpleNamespace(multi_processor_count=gpu.processors)
-    triton.runtime.driver.set_active(_Driver(gpu))
-    with (
-        patch.object(JITFunction, "run", compile_only),
-        patch.object(torch.cuda, "get_device_properties", lambda device: properties),
-        _CudaOnCpu(),
-    ):
+    with pretended(gpu), patch.object(JITFunction, "run", compile_only), _CudaOnCpu():
         yield compiled
 
 
@@ -98,6 +101,12 @@ def stack_bytes(kernel: Any, gpu: Gpu) -> int:
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+
+
+def layouts(kernel: Any, shape: str) -> set[str]:
+    """How loads and stores of tiles of a shape, such as 8x256, deal their elements out to threads."""
+    access = re.compile(rf"(?:tt\.(?:load|store)|amdg\.buffer_(?:load|store)).*tensor<{shape}x.*?(#blocked\d*)")
+    return {found[1] for line in kernel.asm["ttgir"].splitlines() if (found := access.search(line))}
 
 
 def complaints(kernel: Any, gpu: Gpu) -> list[str]:
@@ -114,13 +123,13 @@ def complaints(kernel: Any, gpu: Gpu) -> list[str]:
 
 
 def check(name: str, cases: dict[str, Callable[[], None]]) -> list[str]:
-    """Compile cases for a GPU, print a line for each kernel, and return those with a complaint."""
+    """Compile cases for a GPU, print a line for each launch, and return those with a complaint."""
     gpu, bad = GPUS[name], []
     for case, launch in cases.items():
         with recorded(gpu) as compiled:
             launch()
-        found = {f"{kernel.metadata.name}": complaints(kernel, gpu) for kernel in compiled}
-        for kernel, faults in (found or {"host code": ["launches nothing"]}).items():
+        found = [(kernel.metadata.name, complaints(kernel, gpu)) for kernel in compiled]
+        for kernel, faults in found or [("host code", ["launches nothing"])]:
             line = f"{name} {case}: {kernel}: {'; '.join(faults) or 'fine'}"
             print(line, flush=True)
             bad += [line] if faults else []

@@ -73,11 +73,12 @@ def router_logits(x: Tensor, weight: Tensor, *, batch_invariant: bool = False) -
     which ``torch.set_float32_matmul_precision`` may lower. Products of two bfloat16 (or two float16) numbers are exact
     in float32, so on a GPU tensor cores multiply them as they are; a float32 number beside a bfloat16 one is the sum of
     three bfloat16 ones; other pairs are multiplied as float32. The gradients are as exact, and are rounded once, to the
-    dtypes of ``x`` and ``weight``. Backward keeps ``x`` and ``weight`` as they came.
+    dtypes of ``x`` and ``weight``. Backward keeps ``x`` and ``weight`` as they came. On a GPU an infinite number makes
+    the logit infinite where it is the float32 one beside bfloat16; as the bfloat16 one beside float32 it may make NaN.
 
     Args:
-        x: ``(T, D)`` floating point.
-        weight: ``(E, D)`` floating point, of any such dtype.
+        x: ``(T, D)`` bfloat16, float16 or float32; on the CPU also float64.
+        weight: ``(E, D)``, on the device of ``x``, of any such dtype.
         batch_invariant: a token's logits are the same bits whatever else is in the batch. On a GPU they always are;
             on the CPU this costs time (see the explanation of the router's precision).
 

@@ -21,9 +21,13 @@ MAX_SPLITS = 16  # no more ranges than these
 @triton.jit
 @no_type_check
 def _halves(values):
-    """Three bfloat16 tiles, smallest first, whose sum is a float32 tile to the last bit (8 of 24 each)."""
+    """Three bfloat16 tiles, smallest first, whose sum is a float32 tile to the last bit (8 of 24 each).
+
+    A number that rounds to an infinite bfloat16, from 3.396e38 on, counts as infinite.
+    """
     high = values.to(tl.bfloat16)
-    rest = values - high.to(tl.float32)
+    whole = high.to(tl.float32)
+    rest = tl.where(tl.abs(whole) == float("inf"), 0.0, values - whole)  # inf - inf is NaN
     middle = rest.to(tl.bfloat16)
     return (rest - middle.to(tl.float32)).to(tl.bfloat16), middle, high
 
@@ -202,7 +206,8 @@ def router_logits_weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Te
     if num_tokens == 0:
         return x.new_zeros(num_experts, dim, dtype=dtype)
     most_experts, block_tokens, most_dim = _tile(grad.dtype, x.dtype)
-    ranges = min(MAX_SPLITS, triton.cdiv(num_tokens, SPLIT_TOKENS))
+    # sym_min and not min, so that a compiled layer is not compiled again where one of the two becomes the smaller.
+    ranges = torch.sym_min(MAX_SPLITS, triton.cdiv(num_tokens, SPLIT_TOKENS))
     tokens_per_split = triton.cdiv(triton.cdiv(num_tokens, ranges), block_tokens) * block_tokens
     partial_sums = grad.new_empty(ranges, num_experts, dim)
     block_experts, block_dim = _block(num_experts, most_experts), _block(dim, most_dim)
