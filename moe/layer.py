@@ -143,6 +143,8 @@ class MoE(nn.Module):
         y = self.dispatcher.run(self.experts, tokens, kept)
         if self.shared is not None:
             y = y + self.shared(tokens)
+        # No view, which FSDP2 would warn about: nobody else has the tensor that it would be a view of.
+        y = torch.ops.aten._unsafe_view(y, x.shape)
         # Counted only now: a call that fails on the way has not happened.
         if not in_backward():
             (self.training_load if self.training else self.evaluation_load).count(chosen, kept)
@@ -150,7 +152,7 @@ class MoE(nn.Module):
             if not repeated:
                 self.calls.open(call, loss, count_tokens(chosen))
             y = attach(y, loss, call)
-        return y.view(x.shape)
+        return y
 
     def _decide(self, x: Tensor, mask: Tensor | None) -> tuple[Routing, Routing, Call]:
         """A new decision: as the router made it, after capacity, and what a recomputation needs to know."""

@@ -167,7 +167,7 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def attach(y: Float[Tensor, "T D"], loss: Float[Tensor, ""] | None, call: Call) -> Float[Tensor, "T D"]:
+def attach(y: Float[Tensor, "*batch D"], loss: Float[Tensor, ""] | None, call: Call) -> Float[Tensor, "*batch D"]:
     """``y``, made to keep ``call`` alive with its graph and, in a recomputation, to hand ``loss`` its gradient."""
     attached: Tensor = _Attach.apply(y, loss, call)
     return attached

@@ -52,7 +52,7 @@ def shard_data_parallel(
 
 
 def outermost_blocks(model: nn.Module) -> list[nn.Module]:
-    """The members of each ``nn.ModuleList`` or ``nn.ModuleDict`` that is not inside another: a model's layers, mostly."""
+    """The members of each outermost ``nn.ModuleList`` or ``nn.ModuleDict``: a model's layers, mostly."""
     blocks: list[nn.Module] = []
     pending = [model]
     while pending:

@@ -16,7 +16,7 @@ from typing import final
 
 import torch.distributed as dist
 
-from moe.errors import ParallelError
+from moe.errors import MoEError, ParallelError
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 """Seconds between two looks at the others."""
@@ -127,10 +127,9 @@ class RollCall:
 
 def is_collective_failure(error: BaseException) -> bool:
     """Whether an error came from the communication between ranks, rather than from a rank's own work."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection closed by peer"))
-    )
+    if isinstance(error, MoEError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
 
 
 def _own_address() -> str:

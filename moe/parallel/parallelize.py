@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -102,7 +103,7 @@ def parallelize(
     """
     styles = {name: type(style).__name__ for name, style in (tp_plan or {}).items()}
     options = f"chunks={chunks}, max_received_tokens={max_received_tokens}, tp_plan={styles}"
-    require_same_everywhere({"degrees": str(mesh.degrees), "options": options, "model": describe(model)}, mesh.stage)
+    require_same_everywhere({"degrees": str(mesh.degrees), "options": options, **describe(model)}, mesh.stage)
     divided = divide_dense(model, mesh, tp_plan)
     shards = {name: divided.get(name) or Shard.whole(parameter) for name, parameter in model.named_parameters()}
     layers = dict(moe_layers(model))
@@ -138,7 +139,15 @@ def make_dispatcher(layer: MoE, mesh: ParallelMesh, chunks: int, max_received_to
     return SharedTokens(dispatcher, mesh.group("tp")) if degrees.tp > 1 else dispatcher
 
 
-def describe(model: nn.Module) -> str:
-    """What must be the same on all ranks: the modules with their options, and the parameters' shapes and dtypes."""
-    shapes = [f"{name}: {tuple(p.shape)} {p.dtype}" for name, p in model.named_parameters()]
-    return "\n".join([repr(model), *shapes])
+def describe(model: nn.Module) -> dict[str, str]:
+    """What must be the same on all ranks: the modules with their options, and each parameter with its values."""
+    parameters = {f"parameter {name}": _fingerprint(parameter) for name, parameter in model.named_parameters()}
+    return {"model": repr(model), **parameters}
+
+
+def _fingerprint(parameter: nn.Parameter) -> str:
+    """Shape, dtype, whether it learns, and the sum of its bits as integers, which no order of summation changes."""
+    values = parameter.detach()
+    as_integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    bits = "no values" if values.is_meta else values.contiguous().view(as_integers).sum(dtype=torch.int64).item()
+    return f"{tuple(values.shape)} {values.dtype} {parameter.requires_grad} {bits}"

@@ -61,7 +61,7 @@ class Pipeline:
         if pp < 2:
             raise ConfigError(f"pp={pp} is no pipeline; use moe.parallelize")
         pipeline = f"microbatches={microbatches}, stages_per_rank={stages_per_rank}"
-        require_same_everywhere({"model": describe(decoder), "pipeline": pipeline}, mesh.world)
+        require_same_everywhere({**describe(decoder), "pipeline": pipeline}, mesh.world)
         self.mesh, self.loss, self.microbatches = mesh, loss, microbatches
         stages = split_decoder(decoder, pp * stages_per_rank)
         self.numbers = range(mesh.rank_on("pp"), len(stages), pp)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.errors import MoEError, ParallelError
+from moe.parallel.attempt import store_of_attempt
 from moe.parallel.consistency import require_same_everywhere
 from moe.parallel.failure import RollCall, is_collective_failure
 
@@ -48,8 +49,11 @@ def meet(device: torch.device, timeout: float) -> Iterator["World"]:
             torch.cuda.set_device(device)
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout / 2))
-        except (dist.DistError, ValueError) as error:
+            store, rank, size = store_of_attempt(timeout / 2)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout / 2)
+            )
+        except (RuntimeError, ValueError) as error:
             raise ParallelError(f"the processes of the run cannot meet: {error}") from error
     try:
         roll_call = RollCall(timeout / 2)
