@@ -3,6 +3,7 @@
     python examples/train_lm.py
     python examples/train_lm.py data.path=$HOME/books balance=score_bias run.steps=2000
     python examples/train_lm.py run.name=first resume=auto
+    torchrun --nproc-per-node 4 examples/train_lm.py parallel.ep=2 run.name=first resume=auto
 
 Settings are composed by Hydra from the folder conf/ beside this file.
 """
@@ -31,6 +32,8 @@ def main(config: DictConfig) -> None:
         run = launch(settings)
     except MoEError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    if not run.is_first:  # of the processes that torchrun started, one speaks for all
+        return
     found = run.outcome.evaluation
     print(f"\n{run.outcome.status}" + (f": {found.bits_per_byte:.3f} bits per byte on held-out text" if found else ""))
     print(f"run:    {run.folder.path}")

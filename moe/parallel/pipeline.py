@@ -35,7 +35,7 @@ class Pipeline:
         decoder: whole, the same on all ranks; its modules become those of the stages.
         mesh: of this rank.
         loss: of a micro-batch.
-        microbatches: parts of a batch that are under way at once; at least ``pp`` keeps all ranks busy.
+        microbatches: parts of a batch that are under way at once; at least ``pp``.
         stages_per_rank: more than one interleaves them (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
         options: as for :func:`moe.parallel.parallelize`.
 
@@ -64,6 +64,8 @@ class Pipeline:
         require_same_everywhere({**describe(decoder), "pipeline": pipeline}, mesh.world)
         self.mesh, self.loss, self.microbatches = mesh, loss, microbatches
         stages = split_decoder(decoder, pp * stages_per_rank)
+        if microbatches < pp:
+            raise ConfigError(f"microbatches={microbatches} must be at least pp={pp}")
         self.numbers = range(mesh.rank_on("pp"), len(stages), pp)
         own = [stages[number] for number in self.numbers]
         self.num_stages, self.config = len(stages), decoder.config

@@ -58,7 +58,7 @@ def meet(device: torch.device, timeout: float) -> Iterator["World"]:
     try:
         roll_call = RollCall(timeout / 2)
         try:
-            world = World(roll_call)
+            world = World(roll_call, timeout / 2)
             with world.watching():
                 yield world
                 dist.barrier()  # nobody leaves while another still talks to it
@@ -71,20 +71,28 @@ def meet(device: torch.device, timeout: float) -> Iterator["World"]:
 
 @final
 class World:
-    """What the processes of a run tell each other. Every method is collective, but for ``watching``.
+    """What the processes of a run tell each other.
+
+    Methods are collective, but for ``watching`` and ``limit_groups``.
 
     Args:
         roll_call: finds out who is missing.
+        timeout: seconds that a collective may take.
     """
 
-    def __init__(self, roll_call: RollCall) -> None:
-        self._roll_call = roll_call
+    def __init__(self, roll_call: RollCall, timeout: float) -> None:
+        self._roll_call, self._timeout = roll_call, timedelta(seconds=timeout)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     @property
     def is_first(self) -> bool:
         """Whether this is the process that prints, and that writes what there is one of."""
         return self.rank == 0
+
+    def limit_groups(self) -> None:
+        """Give all process groups that there are the run's timeout, where PyTorch gives half an hour to all but one."""
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(self._timeout, group)
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -34,7 +34,7 @@ class TrainConfig:
     """Optimizer steps."""
 
     batch_size: int
-    """Sequences in a micro-batch."""
+    """Sequences in a micro-batch, over all devices."""
 
     seq_len: int
     """Predictions in a sequence."""
@@ -131,6 +131,72 @@ class RunOptions:
             require_positive_integer(threads=self.threads)
         if isinstance(self.sample_tokens, bool) or not isinstance(self.sample_tokens, int) or self.sample_tokens < 0:
             raise ConfigError(f"sample_tokens={self.sample_tokens!r} must be a whole number, 0 or more")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """Over how many devices a run goes, and in which way; see `moe.parallel.Degrees` for the first six.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of its range.
+    """
+
+    pp: int = 1
+    """Pipeline stages."""
+
+    dp_replicate: int = 1
+    """Groups of ranks that hold the same parameters and see different data."""
+
+    dp_shard: int | None = None
+    """Ranks that see different data and share parameters and optimizer state; None is what the others leave."""
+
+    tp: int = 1
+    """Ranks that see the same data and divide what is inside a block."""
+
+    ep: int = 1
+    """Ranks that divide the routed experts."""
+
+    etp: int = 1
+    """Ranks that divide the hidden dimension of each routed expert."""
+
+    chunks: int = 1
+    """Parts in which tokens travel to their experts; with more than one, they travel while others are computed."""
+
+    max_received_tokens: int | None = None
+    """Tokens that a rank's experts take at a time; more go in further rounds. None for no limit."""
+
+    microbatches: int | None = None
+    """Parts of a rank's sequences that go through the pipeline one after another; None for as many as stages."""
+
+    stages_per_rank: int = 1
+    """Pipeline stages that a rank has; more than one interleaves them."""
+
+    timeout: float = 600.0
+    """Seconds after which ranks that wait for one which does not answer end."""
+
+    def __post_init__(self) -> None:
+        whole = ("pp", "dp_replicate", "tp", "ep", "etp", "chunks", "stages_per_rank")
+        require_positive_integer(**{name: getattr(self, name) for name in whole})
+        open_ended = {name: getattr(self, name) for name in ("dp_shard", "max_received_tokens", "microbatches")}
+        require_positive_integer(**{name: value for name, value in open_ended.items() if value is not None})
+        require_positive(timeout=self.timeout)
+        stages = self.pp * self.stages_per_rank
+        if self.pp > 1 and (self.num_microbatches < stages or self.num_microbatches % self.pp):
+            raise ConfigError(
+                f"microbatches={self.microbatches} must be a multiple of pp={self.pp}, and at least the {stages} stages"
+            )
+
+    @property
+    def num_microbatches(self) -> int:
+        """Parts of a rank's sequences; 1 without a pipeline."""
+        return 1 if self.pp == 1 else self.microbatches or self.pp * self.stages_per_rank
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The degrees that are given."""
+        named = {name: getattr(self, name) for name in ("pp", "dp_replicate", "dp_shard", "tp", "ep", "etp")}
+        return {name: size for name, size in named.items() if size is not None}
 
 
 def require_text(name: str, value: object) -> None:

@@ -9,11 +9,10 @@ from typing import final
 import numpy as np
 import torch
 from jaxtyping import Integer
-from torch import nn
-from torch.nn import functional as F
 
 from moe.layer import take_evaluation_load
 from moe.training.data import Batch, target_bytes
+from moe.training.runner import Runner
 
 
 @final
@@ -33,7 +32,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    runner: Runner,
     batches: Iterable[Batch],
     token_bytes: Integer[np.ndarray, " V"],
     device: torch.device,
@@ -42,24 +41,26 @@ def evaluate(
     """Run a model in evaluation mode over batches; the mode it was in is restored.
 
     Args:
-        model: from token ids to logits.
-        batches: at least one, see `moe.training.data.eval_batches`.
+        runner: has the model; `moe.training.runner.OneDevice` of any module from token ids to logits.
+        batches: at least one, see `moe.training.data.eval_batches`; the same in all processes.
         token_bytes: bytes of text of each token id.
         device: where the model is.
         autocast: entered around each forward pass.
     """
-    was_training = model.training
-    model.eval()
-    take_evaluation_load(model)  # what was counted before is not this validation's
+    modes = [part.training for part in runner.parts]
+    for part in runner.parts:
+        part.eval()
+        take_evaluation_load(part)  # what was counted before is not this validation's
     total = torch.zeros((), dtype=torch.float64, device=device)
     num_tokens = num_bytes = 0
-    for batch in batches:
-        with autocast:
-            logits = model(batch["inputs"].to(device))
-        targets = batch["targets"].to(device)
-        total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").double()
-        num_tokens += targets.numel()
+    for batch in map(runner.share, batches):
+        total += runner.summed_loss(batch, autocast)
+        num_tokens += batch["targets"].numel()
         num_bytes += target_bytes(batch["targets"], token_bytes)
-    max_vio = {layer: stats.max_vio.item() for layer, stats in take_evaluation_load(model).items()}
-    model.train(was_training)
-    return Evaluation(total.item() / num_tokens, total.item() / math.log(2) / max(num_bytes, 1), max_vio)
+    loads = {layer: load for part in runner.parts for layer, load in take_evaluation_load(part).items()}
+    max_vio = runner.merge({layer: stats.max_vio.item() for layer, stats in loads.items()})
+    for part, mode in zip(runner.parts, modes):
+        part.train(mode)
+    counts = torch.tensor([num_tokens, num_bytes], dtype=torch.float64, device=device)
+    loss, tokens, text = runner.total(torch.cat([total[None], counts])).tolist()
+    return Evaluation(loss / tokens, loss / math.log(2) / max(text, 1), max_vio)

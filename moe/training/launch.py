@@ -14,12 +14,14 @@ import yaml
 from moe.config import construct
 from moe.errors import ConfigError, DataError, MoEError
 from moe.models import Decoder, DecoderConfig, generate
-from moe.training.config import RunOptions, TrainConfig, pick_device
+from moe.training.config import ParallelOptions, RunOptions, TrainConfig
 from moe.training.data import PreparedData, prepare
-from moe.training.optim import make_optimizer
+from moe.training.optim import Named, make_optimizer
+from moe.training.ranks import Ranks, processes
 from moe.training.report import RunSummary, write_report
 from moe.training.run_folder import RunFolder
 from moe.training.schedule import Schedule
+from moe.training.spread import check_split, sample_together, spread
 from moe.training.trainer import Outcome, Trainer
 
 _PACKAGES = ("moe-torch", "torch", "numpy")
@@ -35,8 +37,12 @@ class Run:
     """A run that has ended."""
 
     folder: RunFolder
-    model: Decoder
+    model: Any
+    """The decoder; of a pipeline, the first of this process's stages."""
+
     outcome: Outcome
+    is_first: bool
+    """Whether this process is the one of the run's that prints."""
 
 
 def launch(settings: Settings) -> Run:
@@ -50,41 +56,87 @@ def launch(settings: Settings) -> Run:
         CheckpointError: what is to be resumed does not fit the settings.
         TrainingError: the run was stopped; its folder and report are whole.
     """
-    config, options = _split_run(settings["run"])
-    optim = settings["optim"]
+    options = _options(settings)
+    with processes(options.device, _parallel(settings).timeout) as (ranks, device):
+        ranks.require_same(flatten(settings))
+        return _launch(settings, options, ranks, device)
+
+
+def _launch(settings: Settings, options: RunOptions, ranks: Ranks, device: torch.device) -> Run:
+    """In each of the run's processes, which have the same settings."""
+    config, parallel, optim = _train_config(settings), _parallel(settings), settings["optim"]
     schedule = construct("optim", Schedule, {"total_steps": config.steps, "peak": optim["peak"], **optim["schedule"]})
-    device = pick_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    name = _resumable(settings["resume"], Path(options.root), options.name)
-    data = construct("data and tokenizer", prepare, {**settings["data"], **settings["tokenizer"]})
-    prompt = _check_text(data, config, options)
+    degrees = check_split(parallel, config.batch_size, ranks)
+    with ranks.together():
+        data = construct("data and tokenizer", prepare, {**settings["data"], **settings["tokenizer"]})
+        prompt = _check_text(data, config, options)
+
+    def whole() -> Decoder:
+        return make_model(settings, data.tokenizer.vocab_size, config.seq_len)
+
+    def optimizer_of(model: Named) -> torch.optim.Optimizer:
+        return construct("optim.adamw", make_optimizer, {"model": model, "peak": optim["peak"], **optim["adamw"]})
+
     torch.manual_seed(config.seed)
-    model = make_model(settings, data.tokenizer.vocab_size, config.seq_len).to(device)
-    optimizer = construct("optim.adamw", make_optimizer, {"model": model, "peak": optim["peak"], **optim["adamw"]})
-    resume = settings["resume"] == "auto"
-    folder = RunFolder.open(Path(options.root), name, resume=resume)
-    trainer = Trainer(model, optimizer, schedule, data, config, folder)
-    if resume:
+    decoder = whole().to(device)
+    summary = _summary(decoder, data, config, device)
+    runner = spread(decoder, degrees, parallel, ranks, whole, optimizer_of)
+    model = runner.parts[0]
+    del decoder  # of a pipeline each process keeps its stages only
+    optimizer = optimizer_of(runner)
+    folder = ranks.first(lambda: _open(settings, options))
+    trainer = Trainer(model, optimizer, schedule, data, config, folder, runner=runner)
+    if settings["resume"] == "auto":
         trainer.resume()
-    folder.write_config(yaml.safe_dump(dict(settings), sort_keys=False))
-    summary = _summary(model, data, config, device)
+    if ranks.is_first:
+        folder.write_config(yaml.safe_dump(dict(settings), sort_keys=False))
+    outcome = _train(trainer, summary)
+    text = sample_together(runner, lambda model: sample(model, data, prompt, options.sample_tokens))
+    if ranks.is_first:
+        write_report(folder, replace(summary, prompt=options.prompt, sample=text))
+    return Run(folder, model, outcome, ranks.is_first)
+
+
+def _train(trainer: Trainer, summary: RunSummary) -> Outcome:
+    """Train; write the report also where that fails."""
     try:
-        outcome = trainer.run()
+        return trainer.run()
     except MoEError:
-        with suppress(MoEError, OSError):  # what stopped the run is what the user must read
-            write_report(folder, summary)
+        if trainer.ranks.is_first:
+            with suppress(MoEError, OSError):  # what stopped the run is what the user must read
+                write_report(trainer.folder, summary)
         raise
-    text = sample(model, data, prompt, options.sample_tokens)
-    write_report(folder, replace(summary, prompt=options.prompt, sample=text))
-    return Run(folder, model, outcome)
 
 
-def _split_run(run: Settings) -> tuple[TrainConfig, RunOptions]:
-    """The group ``run``: what the trainer needs, and the rest."""
+def _open(settings: Settings, options: RunOptions) -> RunFolder:
+    name = _resumable(settings["resume"], Path(options.root), options.name)
+    return RunFolder.open(Path(options.root), name, resume=settings["resume"] == "auto")
+
+
+def _parallel(settings: Settings) -> ParallelOptions:
+    return construct("parallel", ParallelOptions, settings.get("parallel", {}))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings by dotted key, each value as text."""
+    found: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: repr(value)}
+    return found
+
+
+def _options(settings: Settings) -> RunOptions:
     own = {field.name for field in fields(RunOptions)}
-    options = construct("run", RunOptions, {key: value for key, value in run.items() if key in own})
-    return construct("run", TrainConfig, {key: value for key, value in run.items() if key not in own}), options
+    return construct("run", RunOptions, {key: value for key, value in settings["run"].items() if key in own})
+
+
+def _train_config(settings: Settings) -> TrainConfig:
+    """What the trainer needs of the group ``run``."""
+    options = {field.name for field in fields(RunOptions)}
+    return construct("run", TrainConfig, {key: value for key, value in settings["run"].items() if key not in options})
 
 
 def _check_text(data: PreparedData, config: TrainConfig, options: RunOptions) -> list[int]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import TypeAlias, final
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -94,6 +94,23 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+@final
+class NoMetrics:
+    """Writes nothing: for all processes of a run but the first."""
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Forget a line."""
+
+    def sync(self) -> None:
+        """There is nothing to force to the disk."""
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def read_metrics(path: Path) -> list[Record]:

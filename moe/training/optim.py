@@ -1,6 +1,7 @@
 """The optimizer of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -9,8 +10,17 @@ from moe.config import require_positive
 from moe.errors import ConfigError
 
 
+@runtime_checkable
+class Named(Protocol):
+    """What has parameters with names: a module, or what a process has of a spread model."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each with its name."""
+        ...
+
+
 def make_optimizer(
-    model: nn.Module,
+    model: Named,
     *,
     peak: float,
     weight_decay: float = 0.1,

@@ -4,66 +4,27 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from rich.console import Console
+from torch import nn
 
 from moe.checkpoint import Checkpoint, CheckpointStore
-from moe.errors import CheckpointError, TrainingError
-from moe.layer import balance_loss, balance_step
+from moe.errors import CheckpointError, ParallelError, TrainingError
+from moe.layer import balance_step, moe_layers
+from moe.monitor import LoadStats
 from moe.training.config import TrainConfig
 from moe.training.data import PreparedData, WindowLoader, eval_batches
 from moe.training.evaluate import Evaluation, evaluate
 from moe.training.interrupt import StopRequest
 from moe.training.load_pool import LoadPool
-from moe.training.metrics import STATUS, MetricsWriter
+from moe.training.metrics import STATUS, MetricsWriter, NoMetrics, read_metrics, record_step
+from moe.training.outcome import Outcome, Status, StepResult
 from moe.training.progress import Progress
 from moe.training.run_folder import RunFolder
+from moe.training.runner import OneDevice, Runner
 from moe.training.schedule import Schedule
-
-
-class Status(StrEnum):
-    """How a run ended."""
-
-    FINISHED = "finished"
-    """All steps are done."""
-    INTERRUPTED = "interrupted"
-    """Somebody asked it to stop; it can be resumed."""
-    STOPPED = "stopped"
-    """Too many steps in a row were not finite."""
-
-
-@final
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step measured, on the device."""
-
-    loss: Tensor
-    """Mean cross entropy of the step's micro-batches, nats per token."""
-    balance_loss: Tensor
-    """Mean over them of what was added to it."""
-    gradient_norm: Tensor
-    """Before clipping."""
-
-    def is_finite(self) -> bool:
-        """Whether the step may be taken; waits for the device."""
-        return bool(torch.isfinite(self.loss + self.balance_loss + self.gradient_norm))
-
-
-@final
-@dataclass(frozen=True)
-class Outcome:
-    """What ``Trainer.run`` came to."""
-
-    status: Status
-    seconds: float
-    """Time spent in training, validations included, that before a resumption too."""
-    evaluation: Evaluation | None
-    """The validation after the last step; None where the run was interrupted between two, or had no step left."""
 
 
 @final
@@ -77,6 +38,7 @@ class Trainer:
         data: the text.
         config: how long and how often.
         folder: where metrics and checkpoints go.
+        runner: how the model runs where it is spread over many devices; None for one.
         clock: seconds from any origin.
     """
 
@@ -89,9 +51,12 @@ class Trainer:
         config: TrainConfig,
         folder: RunFolder,
         *,
+        runner: Runner | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.runner: Runner = OneDevice(model) if runner is None else runner
+        self.ranks = self.runner.ranks
         self.data, self.config, self.folder = data, config, folder
         self.device = next(model.parameters()).device
         self.loader = WindowLoader(data.train, config.seq_len, config.batch_size, config.seed, data.fingerprint)
@@ -117,22 +82,21 @@ class Trainer:
         The optimizer keeps the hyper-parameters it was made with: settings that were changed since count.
 
         Raises:
-            CheckpointError: there are checkpoints and none is whole, or the newest is of another architecture,
-                optimizer or corpus.
+            CheckpointError: there are checkpoints and none is whole, the run had come past one and there is none, or
+                the newest is of another architecture, optimizer or corpus.
         """
-        checkpoint = self.store.latest()
+        checkpoint = self.runner.newest(self.store)
         if checkpoint is None:
-            if any(self.folder.checkpoints.glob("step_*")):
-                raise CheckpointError(
-                    f"no checkpoint in {self.folder.checkpoints} is whole; start a run of another name"
-                )
+            self.ranks.first(self._refuse_to_lose)
             return False
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        state = self.store.load(checkpoint, self.model, self.optimizer)
+        state = self.runner.load(self.store, checkpoint, self.optimizer)
         for group, wanted in zip(self.optimizer.param_groups, groups):
             group.update(wanted)
         self.loader.load_state_dict(state["loader"])
-        self.pool.load_state_dict(state["pool"], self.device)
+        layers = {name for part in self.runner.parts for name, _ in moe_layers(part)}
+        here = [{layer: load for layer, load in loads.items() if layer in layers} for loads in state["pool"]]
+        self.pool.load_state_dict(here, self.device)
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.step, self._tokens, self._seconds_before = checkpoint.step, state["tokens"], state["seconds"]
         self._resumed = checkpoint
@@ -145,16 +109,16 @@ class Trainer:
 
         Raises:
             TrainingError: ``max_skipped`` steps in a row were not finite, or the metrics cannot be written.
+            ParallelError: another process of the run was lost.
             CheckpointError: the last checkpoint cannot be written. (An earlier one that cannot is a warning.)
         """
         self._started = self._clock()
         self.model.train()
         total = self.config.steps
-        resume_step = None if self._resumed is None else self.step
-        progress = Progress(total, start_step=self.step, clock=self._clock)
+        stop = StopRequest(insistent=isinstance(self.runner, OneDevice))
         try:
-            with StopRequest() as stop, MetricsWriter(self.folder, resume_step=resume_step) as metrics, progress:
-                while self.step < total and not stop.requested:
+            with stop, self.ranks.watching(), self._metrics() as metrics, self._progress() as progress:
+                while self.step < total and not self.ranks.any(stop.requested):
                     self._one_step(metrics, progress)
                     if self.step % self.config.checkpoint_every == 0 and self.step < total:
                         self._checkpoint_or_warn(metrics)
@@ -164,33 +128,49 @@ class Trainer:
                 metrics.write(self.step, self._times() | {STATUS: status.value})
         except OSError as error:
             raise TrainingError(f"step {self.step}: {error}; {self._last_good()}") from error
+        except ParallelError as error:
+            raise ParallelError(f"after step {self.step}: {error}; {self._last_good()}") from error
         return Outcome(status, seconds, self._evaluation)
 
     def train_step(self) -> StepResult:
         """Forward, backward and gradient norm of the next step's micro-batches; moves no weight."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate(self.step)
-        loss = torch.zeros((), device=self.device)
-        extra = torch.zeros((), device=self.device)
+        losses = torch.zeros(2, device=self.device)
+        scale = 1 / self.config.accumulation
         for _ in range(self.config.accumulation):
-            batch = self.loader.next_batch()
-            with self._autocast():
-                logits = self.model(batch["inputs"].to(self.device))
-            targets = batch["targets"].to(self.device)
-            micro_loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-            micro_extra = balance_loss(self.model)
-            ((micro_loss + micro_extra) / self.config.accumulation).backward()
-            loss += micro_loss.detach() / self.config.accumulation
-            extra += micro_extra.detach() / self.config.accumulation
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        return StepResult(loss, extra, norm)
+            batch = self.runner.share(self.loader.next_batch())
+            losses += torch.stack(self.runner.forward_backward(batch, scale, self._autocast())) * scale
+        loss, extra = self.ranks.mean(losses).unbind()
+        return StepResult(loss, extra, self.runner.clip(self.config.clip_norm))
 
     def evaluate(self) -> Evaluation:
         """Validate on the configured windows."""
         batches = eval_batches(self.data.val, self.config.seq_len, self.config.batch_size, self.config.eval_windows)
-        return evaluate(self.model, batches, self.data.token_bytes, self.device, self._autocast())
+        return evaluate(self.runner, batches, self.data.token_bytes, self.device, self._autocast())
 
-    def _one_step(self, metrics: MetricsWriter, progress: Progress) -> None:
+    def _metrics(self) -> MetricsWriter | NoMetrics:
+        """Where lines go: of the first process to the folder, of the others nowhere."""
+        if not self.ranks.is_first:
+            return NoMetrics()
+        return MetricsWriter(self.folder, resume_step=None if self._resumed is None else self.step)
+
+    def _progress(self) -> Progress:
+        console = None if self.ranks.is_first else Console(quiet=True, force_terminal=False)
+        return Progress(self.config.steps, start_step=self.step, console=console, clock=self._clock)
+
+    def _refuse_to_lose(self) -> None:
+        """Where there is no good checkpoint, see that the run had not come as far as one."""
+        if any(self.folder.checkpoints.glob("step_*")):
+            raise CheckpointError(f"no checkpoint in {self.folder.checkpoints} is whole; start a run of another name")
+        steps = [record_step(record) for record in read_metrics(self.folder.metrics)]
+        if steps and max(steps) > self.config.checkpoint_every:
+            raise CheckpointError(
+                f"{self.folder.metrics} goes up to step {max(steps)}, but there is no checkpoint in "
+                f"{self.folder.checkpoints} to go on from; start a run of another name"
+            )
+
+    def _one_step(self, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
         """Take a step, or skip it, and write down what is due."""
         before = self.seconds
         result = self.train_step()
@@ -198,7 +178,9 @@ class Trainer:
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loads = balance_step(self.model, skipped=not finite)
+        loads: dict[str, LoadStats] = {}
+        for part in self.runner.parts:
+            loads |= balance_step(part, skipped=not finite)
         self.step += 1
         self._tokens += self.config.tokens_per_step
         self._evaluation = None
@@ -222,7 +204,7 @@ class Trainer:
             line |= words
         progress.update(self.step, line)
 
-    def _skip(self, metrics: MetricsWriter) -> None:
+    def _skip(self, metrics: MetricsWriter | NoMetrics) -> None:
         """Count a step that was not finite, and stop the run if there are too many in a row."""
         self.skipped += 1
         self.skipped_in_a_row += 1
@@ -239,22 +221,24 @@ class Trainer:
         good = self.store.latest()
         return "there is no checkpoint yet" if good is None else f"the last good checkpoint is {good.path}"
 
-    def _save(self, metrics: MetricsWriter) -> None:
+    def _save(self, metrics: MetricsWriter | NoMetrics) -> None:
         metrics.sync()
-        self.store.save(self.step, self.model, self.optimizer, self._state())
+        self.runner.save(self.store, self.step, self.optimizer, self._state())
 
-    def _checkpoint_or_warn(self, metrics: MetricsWriter) -> None:
+    def _checkpoint_or_warn(self, metrics: MetricsWriter | NoMetrics) -> None:
         """Save on the way; a run goes on without, since a full disk may be emptied before the next."""
         try:
             self._save(metrics)
         except CheckpointError as error:
+            if not self.ranks.is_first:
+                return
             warnings.warn(f"training goes on without this checkpoint: {error}", RuntimeWarning, stacklevel=2)
 
     def _state(self) -> dict[str, Any]:
         """What a resumed run needs beside model, optimizer and random generators."""
         return {
             "loader": self.loader.state_dict(),
-            "pool": self.pool.state_dict(),
+            "pool": [self.runner.merge(loads) for loads in self.pool.state_dict()],
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "tokens": self._tokens,
@@ -274,7 +258,7 @@ class Trainer:
             "train/learning_rate": self.schedule.rate(self.step - 1),
             "train/tokens_per_second": speed,
             "train/skipped_steps": self.skipped,
-            **self.pool.measures(),
+            **self.runner.merge(self.pool.measures()),
         }
 
     def _times(self) -> dict[str, Any]:

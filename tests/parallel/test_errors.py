@@ -33,7 +33,7 @@ def test_an_error_on_one_rank_ends_the_others_within_the_timeout(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"hidden_dim": 5}, {}, "ranks differ in parameter experts.up_weight: 1 from the first; this is rank {} of 2 with"),
+        ({"hidden_dim": 5}, {}, "ranks differ in parameter experts.up_weight: 1 from the first; this is rank {} of 2"),
         ({"router": "sigmoid"}, {}, "ranks differ in model: 1 from"),
         ({"dtype": torch.float64}, {}, "ranks differ in parameter router.weight: 1 from"),
         ({}, {"chunks": 2}, "ranks differ in options: 1 from the first; this is rank {} of 2 with chunks="),

@@ -14,6 +14,7 @@ from moe.training.data import eval_batches
 from moe.training.evaluate import evaluate
 from moe.training.load_pool import LoadPool
 from moe.training.optim import make_optimizer
+from moe.training.runner import OneDevice
 
 CPU = torch.device("cpu")
 
@@ -45,7 +46,7 @@ def test_bits_per_byte_by_hand():
     tokens = np.array([0, 0, 1, 2, 0, 1, 0, 1, 1], dtype=np.uint16)
     model = Unigram(torch.tensor([0.5, 0.25, 0.25]).log()).train()
     batches = eval_batches(tokens, seq_len=4, batch_size=1)
-    found = evaluate(model, batches, np.array([1, 2, 0]), CPU, nullcontext())
+    found = evaluate(OneDevice(model), batches, np.array([1, 2, 0]), CPU, nullcontext())
     bits, size = (1 + 2 + 2 + 1 + 2 + 1 + 2 + 2), (1 + 2 + 0 + 1 + 2 + 1 + 2 + 2)
     assert found.bits_per_byte == pytest.approx(bits / size, rel=1e-6)
     assert found.loss == pytest.approx(bits * math.log(2) / 8, rel=1e-6)
@@ -65,7 +66,7 @@ def test_evaluation_counts_its_own_load_only():
             return self.head(self.layer(nn.functional.one_hot(tokens, 4).float()))
 
     model, tokens = Model(), np.array([0, 1, 2, 0, 1], dtype=np.uint16)
-    found = evaluate(model, eval_batches(tokens, 4, 1), np.ones(3, dtype=np.int64), CPU, nullcontext())
+    found = evaluate(OneDevice(model), eval_batches(tokens, 4, 1), np.ones(3, dtype=np.int64), CPU, nullcontext())
     with torch.no_grad():
         ids = layer.router(nn.functional.one_hot(torch.from_numpy(tokens[:4].astype(np.int64)), 4).float()).expert_ids
     expected = torch.bincount(ids.flatten(), minlength=2).max().item() / 2 - 1
