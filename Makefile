@@ -25,8 +25,11 @@ train: $(STAMP) ## train the example language model; ARGS="run.name=mine data.pa
 	$(BIN)/python examples/train_lm.py $(ARGS)
 
 test: $(STAMP) ## all tests, the Triton kernels' on the CPU included; ARGS="-k balance"
-	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
-	$(TEST_KERNELS)
+	@mkdir -p build
+	@# Side by side: the first waits for other processes half of the time.
+	@$(TEST_KERNELS) > build/test-kernels.log 2>&1 & kernels=$$!; \
+		$(BIN)/python -m pytest -n auto --dist worksteal --durations=15 $(ARGS); library=$$?; \
+		wait $$kernels; kernels=$$?; cat build/test-kernels.log; exit $$((library | kernels))
 
 test-fast: $(STAMP) ## the tests that take less than about ten seconds each
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
