@@ -52,7 +52,7 @@ def test_a_model_of_ones_own(dtype: str, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_compiled_model(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--degrees", "ep=2", "--factory", FACTORY, "--steps", "1", "--compile", "aot_eager"]
+    arguments = ["--degrees", "ep=2", "--factory", FACTORY, "--steps", "1", "--accumulate", "1", "--compile", "aot_eager"]
     assert main(arguments) == 0
     assert "all within tolerance" in capsys.readouterr().out
 
