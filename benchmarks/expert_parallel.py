@@ -19,6 +19,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from measure.machine import describe, hardware
+from measure.results import record, require_new
 from omegaconf import OmegaConf
 from parallel.tables import case_tables
 from parallel.trial import Plan, measure
@@ -78,22 +79,15 @@ def main(arguments: Sequence[str]) -> int:
     settings = read_settings(arguments)
     ranks = "-".join(map(str, settings.processes))
     path = settings.results / f"expert_parallel_float32_{ranks}ranks_{hardware('cpu')}_{date.today()}.md"
-    if path.exists():
-        sys.exit(f"{path} exists; move it away, results are not overwritten")
-    settings.results.mkdir(parents=True, exist_ok=True)
+    require_new(path)
     command = " ".join(["python benchmarks/expert_parallel.py", *arguments])
-    lines = ["# Expert parallelism, float32", "", f"`{command}`", *describe("cpu")]
-    lines += [
+    head = ["# Expert parallelism, float32", "", f"`{command}`", *describe("cpu")]
+    head += [
         f"The measured processes have one thread each and talk over gloo; {settings.plan.rounds} rounds in turns, "
         "the time of a round is that of its slowest rank.",
         "",
     ]
-    print("\n".join(lines))
-    for line in tables(settings):
-        print(line, flush=True)
-        lines.append(line)
-    path.write_text("\n".join(lines).rstrip() + "\n")
-    print(f"\nwritten to {path}")
+    record(path, head, tables(settings))
     return 0
 
 

@@ -26,6 +26,7 @@ from measure.gpu import Roofline, measure_roofline, peak_bytes
 from measure.machine import describe, hardware
 from measure.oracle import Errors, compute_truth, judge
 from measure.peak import Point, print_points, weigh, weigh_in_children
+from measure.results import record, require_new
 from measure.saved import saved_by
 from measure.timing import Clock, EventClock, WallClock, race
 from omegaconf import OmegaConf
@@ -203,18 +204,11 @@ def main(arguments: Sequence[str]) -> int:
     dtype = str(settings.dtype).removeprefix("torch.")
     stem = settings.results / f"{kind}_{dtype}_{hardware(settings.device)}_{date.today()}"
     path, plot = stem.with_suffix(".md"), stem.with_suffix(".svg")
-    if path.exists():
-        sys.exit(f"{path} exists; move it away, results are not overwritten")
-    settings.results.mkdir(parents=True, exist_ok=True)
+    require_new(path)
     title = "Peak memory of the layer" if settings.mode == "memory" else "The layer's speed"
     command = " ".join(["python benchmarks/layer.py", *arguments])
-    lines = [f"# {title}, {dtype}", "", f"`{command}`", *describe(settings.device), ""]
-    print("\n".join(lines))
-    for line in memory(settings, arguments, plot) if settings.mode == "memory" else speed(settings):
-        print(line, flush=True)
-        lines.append(line)
-    path.write_text("\n".join(lines).rstrip() + "\n")
-    print(f"\nwritten to {path}")
+    head = [f"# {title}, {dtype}", "", f"`{command}`", *describe(settings.device), ""]
+    record(path, head, memory(settings, arguments, plot) if settings.mode == "memory" else speed(settings))
     return 0
 
 

@@ -50,7 +50,7 @@ class Traffic(TorchDispatchMode):
 
     def _count(self, name: str, args: Sequence[Any]) -> None:
         if name not in _TO_EACH:
-            raise NotImplementedError(f"{name} is a collective that nobody counts here; choose from {list(_TO_EACH)}")
+            raise LookupError(f"{name} is a collective that nobody counts here; choose from {list(_TO_EACH)}")
         to_each = _TO_EACH[name](args)
         sent = self.sent[self._kind(args[1])]
         sent.everywhere += sum(to_each)

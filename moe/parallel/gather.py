@@ -22,7 +22,8 @@ class Whole:
     tensor: Tensor
     """On the CPU."""
     disagreement: float
-    """The largest difference between two ranks that hold the same part; 0 where they agree to the last bit."""
+    """The largest difference between two ranks that hold the same part; 0 where they agree to the last bit, NaN where
+    one has a NaN."""
 
 
 def gather(parallel: Parallel, of: Callable[[Tensor], Tensor | None]) -> Iterator[Whole]:
@@ -52,16 +53,15 @@ def gather(parallel: Parallel, of: Callable[[Tensor], Tensor | None]) -> Iterato
 
 def _put_together(name: str, parts: list[tuple[Shard, Tensor]]) -> Whole:
     first, tensor = parts[0]
-    whole = torch.full(first.shape, torch.nan, dtype=tensor.dtype)
-    disagreement = 0.0
+    whole, known = torch.zeros(first.shape, dtype=tensor.dtype), torch.zeros(first.shape, dtype=torch.bool)
+    disagreement = torch.zeros((), dtype=tensor.dtype)
     for shard, part in parts:
-        before = shard.cut(whole)
-        known = ~before.isnan()
-        if known.any():
-            difference = (part - before)[known].abs().max().item()
-            disagreement = max(disagreement, difference)
+        difference = (part - shard.cut(whole))[shard.cut(known)].abs()
+        if difference.numel():
+            disagreement = torch.maximum(disagreement, difference.max())  # a NaN stays one
         shard.paste(part, whole)
-    return Whole(name, whole, disagreement)
+        shard.paste(torch.ones_like(part, dtype=torch.bool), known)
+    return Whole(name, whole, disagreement.item())
 
 
 def _unsharded(tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Pipeline parallelism: a decoder in stages, by PyTorch's own schedules.
 
 The balance losses of a stage cannot reach the loss, which only the last stage computes. Each stage therefore adds the
-gradient of its own to what comes back through its output, with the weight that it has in the loss (the way of
-Megatron-LM's auxiliary loss, Shoeybi et al. 2019, arXiv 1909.08053, code of 2023).
+gradient of its own to what comes back through its output, with the weight that it has in the loss, as
+Megatron-LM does with its ``MoEAuxLossAutoScaler``.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe.dispatch import Dispatcher, Experts
-from moe.parallel.collectives import all_gather
+from moe.parallel.sequence import gather_parts, join_alike, take_part
 from moe.types import Routing
 
 
@@ -35,51 +35,23 @@ class SharedTokens:
 
     def run(self, experts: Experts, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
         """The sum of each token's experts, on every rank of the group."""
-        size, rank = self.group.size(), self.group.rank()
-        share = -(-len(x) // size)
-        own = slice(rank * share, (rank + 1) * share)
         part, weights = _TakePart.apply(self.group, x, routing.weights)
+        expert_ids = take_part(routing.expert_ids[None], group=self.group)[0]
         nothing = weights.new_empty(len(weights), 0)  # scores and logits stay with the router
-        here = Routing(routing.expert_ids[own], weights, nothing, nothing)
-        y: Tensor = _GiveAll.apply(self.group, len(x), self.inner.run(experts, part, here))
-        return y
-
-
-def gather_parts(part: Tensor, num_rows: int, group: dist.ProcessGroup) -> Tensor:
-    """The parts of all ranks, one after another; each but the last ones has ``ceil(num_rows / ranks)`` rows."""
-    share = -(-num_rows // group.size())
-    padded = part.new_zeros(share, *part.shape[1:])
-    padded[: len(part)] = part
-    whole = all_gather(padded, group)
-    # No view, which a layer could not mark as its own output.
-    return whole if len(whole) == num_rows else whole[:num_rows].clone()
-
-
-def take_part(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The part of this rank."""
-    share = -(-len(whole) // group.size())
-    return whole[group.rank() * share : (group.rank() + 1) * share]
+        y = self.inner.run(experts, part, Routing(expert_ids, weights, nothing, nothing))
+        return join_alike(y[None], len(x), self.group)[0]
 
 
 class _TakePart(torch.autograd.Function):
+    """Parts of several tensors, whose gradients are gathered one after another, in the same order on all ranks."""
+
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.num_rows = group, len(tensors[0])
-        return tuple(take_part(tensor, group).clone() for tensor in tensors)
+        return tuple(take_part(tensor[None], group=group)[0] for tensor in tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(gather_parts(gradient, ctx.num_rows, ctx.group) for gradient in gradients)
-
-
-class _GiveAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, num_rows: int, part: Tensor) -> Tensor:
-        ctx.group = group
-        return gather_parts(part, num_rows, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, take_part(gradient, ctx.group)
+        wholes = (gather_parts(gradient[None], length=ctx.num_rows, group=ctx.group) for gradient in gradients)
+        return None, *(whole[0] for whole in wholes)

@@ -21,15 +21,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe.errors import ShapeError
-from moe.parallel.collectives import all_gather
-
-# torch 2.13 renames it, and warns about the old name.
-_REDUCE_SCATTER: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+from moe.parallel.collectives import all_gather, reduce_scatter
 
 
 def cut_sequence(whole: Float[Tensor, "B S D"], group: dist.ProcessGroup) -> Float[Tensor, "B part D"]:
     """The part of this rank; the gradient is gathered."""
-    return _paired(partial(_take, group=group), partial(_gather, length=whole.shape[1], group=group), whole)
+    return _paired(partial(take_part, group=group), partial(gather_parts, length=whole.shape[1], group=group), whole)
 
 
 def join_alike(part: Float[Tensor, "B part D"], length: int, group: dist.ProcessGroup) -> Float[Tensor, "B S D"]:
@@ -39,7 +36,7 @@ def join_alike(part: Float[Tensor, "B part D"], length: int, group: dist.Process
         ShapeError: the part is not this rank's of ``length`` tokens.
     """
     _check(part, length, group)
-    return _paired(partial(_gather, length=length, group=group), partial(_take, group=group), part)
+    return _paired(partial(gather_parts, length=length, group=group), partial(take_part, group=group), part)
 
 
 def join_divided(part: Float[Tensor, "B part D"], length: int, group: dist.ProcessGroup) -> Float[Tensor, "B S D"]:
@@ -49,12 +46,12 @@ def join_divided(part: Float[Tensor, "B part D"], length: int, group: dist.Proce
         ShapeError: the part is not this rank's of ``length`` tokens.
     """
     _check(part, length, group)
-    return _paired(partial(_gather, length=length, group=group), partial(_reduce_scatter, group=group), part)
+    return _paired(partial(gather_parts, length=length, group=group), partial(_reduce_scatter, group=group), part)
 
 
 def sum_to_part(partials: Float[Tensor, "B S D"], group: dist.ProcessGroup) -> Float[Tensor, "B part D"]:
     """The part of this rank of the sum; the gradient is gathered."""
-    back = partial(_gather, length=partials.shape[1], group=group)
+    back = partial(gather_parts, length=partials.shape[1], group=group)
     return _paired(partial(_reduce_scatter, group=group), back, partials)
 
 
@@ -82,13 +79,15 @@ def _share(length: int, group: dist.ProcessGroup) -> int:
     return -(-length // group.size())
 
 
-def _take(whole: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+def take_part(whole: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    """This rank's part of a whole ``(B, S, ...)``, a tensor of its own."""
     share = _share(whole.shape[1], group)
     # A copy: a view would keep the whole in memory for as long as the part is needed.
     return whole[:, group.rank() * share : (group.rank() + 1) * share].clone()
 
 
-def _gather(part: Tensor, *, length: int, group: dist.ProcessGroup) -> Tensor:
+def gather_parts(part: Tensor, *, length: int, group: dist.ProcessGroup) -> Tensor:
+    """The whole ``(B, length, ...)`` of all ranks' parts."""
     share = _share(length, group)
     parts = all_gather(_pad(part, share)[None], group).unbind()
     return torch.cat([each[:, : max(length - rank * share, 0)] for rank, each in enumerate(parts)], 1)
@@ -97,8 +96,7 @@ def _gather(part: Tensor, *, length: int, group: dist.ProcessGroup) -> Tensor:
 def _reduce_scatter(partials: Tensor, *, group: dist.ProcessGroup) -> Tensor:
     length, share = partials.shape[1], _share(partials.shape[1], group)
     by_rank = _pad(partials, group.size() * share).unflatten(1, (group.size(), share)).transpose(0, 1).contiguous()
-    part = torch.empty_like(by_rank[0])
-    _REDUCE_SCATTER(part, by_rank.flatten(0, 1), group=group)
+    part = reduce_scatter(by_rank, group)
     own = max(length - group.rank() * share, 0)
     return part if own >= share else part[:, :own].clone()
 

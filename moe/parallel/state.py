@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moe.errors import CheckpointError
 from moe.parallel.gather import gather
+from moe.parallel.norm import local_part
 from moe.parallel.parallelize import Parallel
 
 
@@ -91,7 +92,7 @@ def load_state(parallel: Parallel, optimizer: torch.optim.Optimizer, whole: Whol
             there = "nothing" if found is None else tuple(found.shape)
             raise CheckpointError(f"parameter {name} has shape {shard.shape}, and the state {there}")
         with torch.no_grad():
-            _local(parameter).copy_(_local(_like(shard.cut(found), parameter)))
+            local_part(parameter).copy_(local_part(_like(shard.cut(found), parameter)))
         if name not in whole.optimizer:
             optimizer.state.pop(parameter, None)
             continue
@@ -144,10 +145,6 @@ def _small_state(state: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(part: Tensor, parameter: Tensor) -> Tensor:

@@ -102,15 +102,15 @@ def down_bias_everywhere(fire: Fire) -> list[Patch]:
 
 def lose_remainder(fire: Fire) -> list[Patch]:
     """Zeros for the rows beyond a multiple of the group's size."""
-    original = replicas.gather_parts
+    original = replicas.join_alike
 
-    def gather_parts(part: Tensor, num_rows: int, group: Any) -> Tensor:
-        whole = original(part, num_rows, group)
-        beyond = num_rows % group.size()
+    def join_alike(part: Tensor, length: int, group: Any) -> Tensor:
+        whole = original(part, length, group)
+        beyond = length % group.size()
         if not beyond:
             return whole
         fire()
-        kept = torch.arange(num_rows) < num_rows - beyond
-        return whole * kept.view(-1, *[1] * (whole.dim() - 1)).to(whole.dtype)
+        kept = torch.arange(length) < length - beyond
+        return whole * kept[None, :, None].to(whole.dtype)
 
-    return [(replicas, "gather_parts", gather_parts)]
+    return [(replicas, "join_alike", join_alike)]
