@@ -5,10 +5,11 @@ from typing import final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe.errors import ConfigError
+from moe.models.attention import attention_mask
 from moe.models.block import run_block
 from moe.models.decoder import Decoder
 from moe.models.rotary import rotary_tables
@@ -39,8 +40,14 @@ class DecoderStage(nn.Module):
         self.norm = decoder.norm if is_last else None
         self.head = decoder.head if is_last else None
 
-    def forward(self, x: Int[Tensor, "B S"] | Float[Tensor, "B S D"]) -> Float[Tensor, "B S W"]:
-        """Token ids into the first stage, else the activations of the stage before.
+    def forward(
+        self, x: Int[Tensor, "B S"] | Float[Tensor, "B S D"], token_mask: Bool[Tensor, "B S"] | None = None
+    ) -> Float[Tensor, "B S W"]:
+        """What :meth:`moe.models.Decoder.forward` does, this stage's part of it.
+
+        Args:
+            x: token ids into the first stage, else the activations of the stage before.
+            token_mask: of the tokens, the same for every stage; True for real ones.
 
         Returns:
             ``(B, S, D)``, or of the last stage logits ``(B, S, V)``, float32 at least.
@@ -49,8 +56,9 @@ class DecoderStage(nn.Module):
             x = self.embedding(x)
         positions = torch.arange(x.shape[1], device=x.device)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        mask = attention_mask(x.shape[1], 0, token_mask, x.device)
         for block in self.blocks.values():
-            x = run_block(block, self.activation_checkpointing, x, cos, sin)
+            x = run_block(block, self.activation_checkpointing, x, cos, sin, mask, token_mask)
         if self.norm is None or self.head is None:
             return x
         logits = F.linear(self.norm(x), self.head.weight)

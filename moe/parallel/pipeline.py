@@ -5,7 +5,8 @@ gradient of its own to what comes back through its output, with the weight that 
 Megatron-LM does with its ``MoEAuxLossAutoScaler``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, final
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from moe.config import require_positive_integer
 from moe.errors import ConfigError, ShapeError
 from moe.layer import balance_loss, balance_step
-from moe.models.decoder import Decoder
+from moe.models.decoder import Decoder, check_inputs
 from moe.models.stage import split_decoder
 from moe.monitor import LoadStats
 from moe.parallel.consistency import require_same_everywhere
@@ -76,31 +77,37 @@ class Pipeline:
             stage.register_forward_hook(self._add_balance)
         self._shape: torch.Size | None = None
 
-    def step(self, tokens: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
+    def step(self, tokens: Tensor, targets: Tensor, *, token_mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """Forward and backward of one batch; gradients add up until they are cleared.
 
         Args:
             tokens: ``(B, S)``, this data rank's; every stage gets them.
-            targets: ``(B, S)`` likewise.
+            targets: ``(B, ...)`` likewise, split into micro-batches like the tokens and handed to the loss.
+            token_mask: ``(B, S)`` bool, True for real tokens; likewise.
             scale: factor on the loss, 1 / n where n calls make one optimizer step.
 
         Returns:
             The loss, balance losses included and mean over micro-batches, scalar; the same on all stages.
 
         Raises:
-            ShapeError: the batch is no multiple of the micro-batches.
+            ShapeError: the batch is no multiple of the micro-batches, or not what :class:`moe.models.Decoder` takes.
+            DtypeError: likewise.
         """
+        check_inputs(self.config, tokens, token_mask, None)
         if len(tokens) % self.microbatches:
             raise ShapeError(f"a batch of {len(tokens)} sequences is no multiple of microbatches={self.microbatches}")
-        if tokens.shape != self._shape:
-            self._schedule = self._make_schedule(tokens)
-            self._shape = tokens.shape
+        is_new = tokens.shape != self._shape
+        if is_new:
+            self._schedule, self._shape = self._make_schedule(tokens), tokens.shape
         self._scale = scale / self.microbatches
         self._balance.clear()
         losses: list[Tensor] = []
         is_last = self.num_stages - 1 in self.numbers
         inputs = (tokens.contiguous(),) if 0 in self.numbers else ()
-        self._schedule.step(*inputs, target=targets if is_last else None, losses=losses, return_outputs=False)
+        padding = {} if token_mask is None else {"token_mask": token_mask.contiguous()}
+        target = targets if is_last else None
+        with self._set_aside_gradients() if is_new else nullcontext():
+            self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **padding)
         total = torch.stack([torch.zeros((), device=tokens.device, dtype=self._dtype), *losses, *self._balance]).sum()
         dist.all_reduce(total.detach_(), group=self.mesh.group("pp"))
         return total / scale
@@ -111,6 +118,16 @@ class Pipeline:
         for stage in self.parallel.parts:
             loads |= balance_step(stage, skipped=skipped)
         return loads
+
+    @contextmanager
+    def _set_aside_gradients(self) -> Iterator[None]:
+        """For the first run of a schedule, at whose beginning PyTorch clears the gradients of what FSDP2 shards."""
+        held = [(p, p.grad) for _, p in self.parallel.named_parameters() if p.grad is not None]
+        for parameter, _ in held:
+            parameter.grad = None
+        yield
+        for parameter, gradient in held:
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--factory", help="module:function, which returns (model, make_batch, loss)")
     add("--dtype", default=defaults.dtype, help=f"{', '.join(Precision)} (default: %(default)s)")
     add("--steps", type=int, default=defaults.steps, help="optimizer steps (default: %(default)s)")
-    add("--accumulate", type=int, default=defaults.accumulate, help="micro-batches a step (default: %(default)s)")
+    add("--accumulate", type=int, default=defaults.accumulate, help="backward passes a step (default: %(default)s)")
+    add("--microbatches", type=int, help="of one pass through a pipeline (default: pp + 1)")
+    add("--stages-per-rank", type=int, default=defaults.stages_per_rank, help="of a pipeline (default: %(default)s)")
     checkpointing = "activation checkpointing of our decoder: none, reentrant, nonreentrant (default: nonreentrant)"
     add("--checkpoint", nargs="?", const="nonreentrant", help=checkpointing)
     add("--compile", nargs="?", const="inductor", help="compile the model that is spread; or name another backend")

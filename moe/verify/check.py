@@ -41,7 +41,7 @@ def verify(
     check_degrees(degrees, options)
     with torch.random.fork_rng():
         trial = build(reference or factory, options.seed, options.precision.dtype)
-        check_fits(trial.model, degrees)
+        check_fits(trial.model, degrees, options.stages_per_rank)
         expected = run_reference(trial, degrees, options)
     ranks = run_local(run_rank, degrees.world_size, (factory, degrees, options, expected.max_norm))
     if options.fault is not None and not any(trace.planted for trace in ranks):

@@ -23,25 +23,26 @@ def compare(reference: Trace, ranks: Sequence[Trace], tolerance: float) -> Itera
         tolerance: for what is not counted; counts are exact where it is finite.
     """
     for number, expected in enumerate(reference.steps):
-        steps = [trace.steps[number] for trace in ranks]
-        yield from _step(number + 1, expected, steps, tolerance)
+        yield from _step(number, expected, ranks, tolerance)
     yield from _tensors(PARAMETER, len(reference.steps), reference.parameters, ranks[0].parameters, tolerance)
 
 
-def _step(number: int, expected: Step, ranks: Sequence[Step], tolerance: float) -> Iterator[Row]:
-    losses = [abs(loss - expected.losses[key]) for step in ranks for key, loss in step.losses.items()]
+def _step(place: int, expected: Step, ranks: Sequence[Trace], tolerance: float) -> Iterator[Row]:
+    number, steps = place + 1, [trace.steps[place] for trace in ranks]
+    losses = [abs(loss - expected.losses[key]) for step in steps for key, loss in step.losses.items()]
     scale = _scale(max(map(abs, expected.losses.values())))
     yield Row("loss", "", number, _worst(losses) / scale, 0.0, tolerance)
-    yield from _tensors(GRADIENT, number, expected.gradients, ranks[0].gradients, tolerance)
-    yield _number("gradient norm", number, expected.norm, [step.norm for step in ranks], tolerance)
-    factors = [step.clip_factor for step in ranks]
+    yield from _tensors(GRADIENT, number, expected.gradients, steps[0].gradients, tolerance)
+    yield _number("gradient norm", number, expected.norm, [step.norm for step in steps], tolerance)
+    factors = [step.clip_factor for step in steps]
     yield _number("clip factor", number, expected.clip_factor, factors, tolerance)
     exact = tolerance if tolerance == float("inf") else 0.0
     for name, counts in expected.tokens_per_expert.items():
-        found = [step.tokens_per_expert.get(name) for step in ranks]
+        found = [trace.steps[place].tokens_per_expert.get(name) for trace in ranks if name in trace.layers]
         yield _each_rank("expert counts", name, number, counts.double(), found, exact)
     for name, bias in expected.score_bias.items():
-        yield _each_rank("selection bias", name, number, bias, [step.score_bias.get(name) for step in ranks], tolerance)
+        kept = [trace.steps[place].score_bias.get(name) for trace in ranks if name in trace.layers]
+        yield _each_rank("selection bias", name, number, bias, kept, tolerance)
 
 
 def _tensors(
@@ -73,7 +74,8 @@ def _each_rank(
     quantity: str, name: str, step: int, expected: Tensor, found: Sequence[Tensor | None], tolerance: float
 ) -> Row:
     scale = _scale(float(expected.abs().max()))
-    present = [torch.zeros_like(expected) if each is None else each.to(expected.dtype) for each in found]
+    # What should be there and is not, counts as zeros.
+    present = [torch.zeros_like(expected) if each is None else each.to(expected.dtype) for each in found or [None]]
     error = _worst((each - expected).abs().max() for each in present)
     apart = _worst((each - present[0]).abs().max() for each in present)
     return Row(quantity, name, step, error / scale, apart / scale, tolerance)

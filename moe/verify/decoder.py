@@ -17,11 +17,12 @@ from moe.verify.factory import Batch, Loss, MakeBatch
 BUILT_IN: Mapping[str, Any] = {
     "vocab_size": 64,
     "dim": 32,
-    "num_layers": 3,
+    "num_layers": 4,
     "num_heads": 4,
     "num_kv_heads": 2,
     "ffn_hidden_dim": 48,
     "max_seq_len": 16,
+    "tie_embeddings": False,
     "first_dense": 1,
     "moe": {
         "hidden_dim": 12,
@@ -32,7 +33,7 @@ BUILT_IN: Mapping[str, Any] = {
         "balance": {"squared_deviation": {"coefficient": 0.01}, "score_bias": {"rate": 0.001}},
     },
 }
-"""A dense layer and two with experts, five of them so that they divide by no number of ranks; shared experts, biases,
+"""A dense layer and three with experts, five of them so that they divide by no number of ranks; shared experts, biases,
 a balance loss and a selection bias."""
 SEQUENCE = 7
 IGNORED = -100

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from moe.errors import ConfigError
 from moe.layer import MoE, moe_layers
+from moe.models import Decoder
+from moe.models.stage import split_decoder
 from moe.parallel import Degrees
 
 Batch = Mapping[str, Tensor]
@@ -43,13 +45,13 @@ class Trial:
             raise ConfigError(f"make_batch returned {_brief(batch)}; it must return a dict of tensors")
         return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in batch.items()}
 
-    def loss_of(self, batch: Batch) -> Tensor:
-        """The loss of a batch.
+    def loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of a batch under the model, or under what stands in for it.
 
         Raises:
             ConfigError: ``loss`` returned no scalar with a gradient.
         """
-        loss = self.loss(self.model, batch)
+        loss = self.loss(model, batch)
         if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
             raise ConfigError(f"loss returned {_brief(loss)}; it must return a scalar tensor with a gradient")
         return loss
@@ -94,11 +96,12 @@ def skew(model: nn.Module) -> None:
         layer.router.score_bias = push if before is None else before + push
 
 
-def check_fits(model: nn.Module, degrees: Degrees) -> None:
-    """Refuse layers that cannot be divided so.
+def check_fits(model: nn.Module, degrees: Degrees, stages_per_rank: int) -> None:
+    """Refuse a model that cannot be divided so.
 
     Raises:
-        ConfigError: a layer has fewer experts than ``ep``, or hidden units than ``etp``.
+        ConfigError: a layer has fewer experts than ``ep``, or hidden units than ``etp``; or the model is no decoder
+            that can be cut into as many stages.
     """
     for name, layer in moe_layers(model):
         for axis, value, size in (("ep", "num_experts", layer.num_experts), ("etp", "hidden_dim", hidden_dim(layer))):
@@ -107,6 +110,13 @@ def check_fits(model: nn.Module, degrees: Degrees) -> None:
                     f"{axis}={getattr(degrees, axis)} is more than {value}={size} of layer {name!r}: a rank would "
                     "hold none"
                 )
+    if degrees.pp > 1:
+        if not isinstance(model, Decoder):
+            raise ConfigError(
+                f"pp={degrees.pp} cuts a moe.models.Decoder into stages; the factory's model is a "
+                f"{type(model).__name__}: leave pp out to check the other axes"
+            )
+        split_decoder(model, degrees.pp * stages_per_rank)
 
 
 def hidden_dim(layer: MoE) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import final
 from unittest.mock import patch
 
-from moe.verify.planting import Fire, Patch, data, exchange, steps
+from moe.verify.planting import Fire, Patch, data, exchange, stages, steps
 
 Plant = Callable[[Fire], Sequence[Patch]]
 """Makes the patches of a fault; they call what they are given when they change something."""
@@ -127,6 +127,24 @@ FAULTS: Mapping[str, Fault] = {
         "gradient",
         exchange.lose_remainder,
         "tp > 1, and a number of tokens that it does not divide",
+    ),
+    "stage-balance": Fault(
+        "of a pipeline, only the last stage adds its balance losses",
+        "gradient",
+        stages.balance_of_last_stage,
+        "pp > 1, and a balance loss on another stage than the last",
+    ),
+    "microbatch-sum": Fault(
+        "the losses of a pipeline's micro-batches are summed where their mean is due",
+        "gradient",
+        stages.sum_of_microbatches,
+        "pp > 1",
+    ),
+    "cleared-gradients": Fault(
+        "a pipeline forgets the gradients before a batch of another shape",
+        "gradient",
+        stages.cleared_gradients,
+        "pp > 1, several data ranks, and more than one backward pass a step",
     ),
 }
 """What ``--fault`` can plant, by name."""

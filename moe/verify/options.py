@@ -54,7 +54,11 @@ class VerifyOptions:
     steps: int = 3
     """Optimizer steps."""
     accumulate: int = 2
-    """Micro-batches a step on every data rank."""
+    """Backward passes a step on every data rank."""
+    microbatches: int | None = None
+    """Parts of a backward pass that are under way at once in a pipeline; None for one more than ``pp``."""
+    stages_per_rank: int = 1
+    """Of a pipeline; see :class:`moe.parallel.pipeline.Pipeline`."""
     batch_size: int | None = None
     """Rows of one step, over all data ranks and micro-batches; None for three rows a micro-batch."""
     chunks: int = 1
@@ -74,8 +78,9 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         option(Precision, "dtype", self.dtype)
-        require_positive_integer(steps=self.steps, accumulate=self.accumulate, chunks=self.chunks)
-        for name in ("batch_size", "max_received_tokens"):
+        for name in ("steps", "accumulate", "chunks", "stages_per_rank"):
+            require_positive_integer(**{name: getattr(self, name)})
+        for name in ("microbatches", "batch_size", "max_received_tokens"):
             if getattr(self, name) is not None:
                 require_positive_integer(**{name: getattr(self, name)})
         for name in ("max_norm", "tolerance"):
@@ -98,33 +103,45 @@ class VerifyOptions:
         """The largest relative error that passes."""
         return self.precision.tolerance if self.tolerance is None else self.tolerance
 
+    def parts(self, degrees: Degrees) -> int:
+        """Micro-batches of one backward pass: those of a pipeline, else one."""
+        if degrees.pp == 1:
+            return 1
+        return degrees.pp + 1 if self.microbatches is None else self.microbatches
+
     def micro_batch_size(self, degrees: Degrees) -> int:
         """Rows of one micro-batch.
 
         Raises:
             ConfigError: ``batch_size`` does not split.
         """
-        parts = degrees.dp * self.accumulate
+        total = degrees.dp * self.accumulate * self.parts(degrees)
         if self.batch_size is None:
             return SEQUENCES
-        if self.batch_size % parts:
+        if self.batch_size % total:
+            stages = f" * microbatches={self.parts(degrees)}" if degrees.pp > 1 else ""
             raise ConfigError(
                 f"batch_size={self.batch_size} does not split over dp_replicate={degrees.dp_replicate} * dp_shard="
-                f"{degrees.dp_shard} * accumulate={self.accumulate} = {parts} micro-batches; take a multiple of {parts}"
+                f"{degrees.dp_shard} * accumulate={self.accumulate}{stages} = {total} micro-batches; take a multiple "
+                f"of {total}"
             )
-        return self.batch_size // parts
+        return self.batch_size // total
 
 
 def check_degrees(degrees: Degrees, options: VerifyOptions) -> None:
     """Refuse what cannot be run here, before a process is started.
 
     Raises:
-        ConfigError: pipeline stages, too many ranks, or a limit of received tokens that no round keeps.
+        ConfigError: options of a pipeline where there is none, fewer micro-batches than stages, too many ranks, or a
+            limit of received tokens that no round keeps.
     """
-    if degrees.pp > 1:
+    if degrees.pp == 1 and (options.microbatches is not None or options.stages_per_rank > 1):
         raise ConfigError(
-            f"pp={degrees.pp}: moe.verify does not support pipeline stages yet; leave pp out to check the other axes"
+            f"microbatches={options.microbatches} and stages_per_rank={options.stages_per_rank} are of a pipeline; "
+            f"degrees {degrees} have none: add pp=2 or leave them out"
         )
+    if options.parts(degrees) < degrees.pp:
+        raise ConfigError(f"microbatches={options.microbatches} must be at least pp={degrees.pp}")
     if degrees.world_size > MAX_RANKS:
         raise ConfigError(
             f"degrees {degrees} need {degrees.world_size} ranks, each a process of this machine; at most {MAX_RANKS}"

@@ -20,9 +20,9 @@ SMALL: dict[str, Any] = {
 """One dense layer and one with five experts."""
 
 
-def small(checkpointing: str = "none", **options: Any) -> DecoderFactory:
-    """A small decoder; ``options`` are of its MoE layer."""
-    return DecoderFactory({**SMALL, "moe": {**SMALL["moe"], **options}}, checkpointing)
+def small(checkpointing: str = "none", decoder: Mapping[str, Any] | None = None, **options: Any) -> DecoderFactory:
+    """A small decoder; ``options`` are of its MoE layers."""
+    return DecoderFactory({**SMALL, **(decoder or {}), "moe": {**SMALL["moe"], **options}}, checkpointing)
 
 
 class Regression(nn.Module):
@@ -86,3 +86,16 @@ def loss_of_rows() -> tuple[nn.Module, Any, Any]:
 
 def failing() -> tuple[nn.Module, Any, Any]:
     raise RuntimeError("no such luck")
+
+
+def tied() -> tuple[nn.Module, Any, Any]:
+    return small(decoder={"tie_embeddings": True})()
+
+
+def batch_without_tokens() -> tuple[nn.Module, Any, Any]:
+    model, make_batch, _ = small(balance=())()
+
+    def renamed(generator: torch.Generator, batch_size: int) -> dict[str, Tensor]:
+        return {"ids": make_batch(generator, batch_size)["tokens"]}
+
+    return model, renamed, lambda model, batch: model(batch["ids"]).mean()
