@@ -113,6 +113,27 @@ class Degrees:
         return ",".join(named) or "one rank"
 
 
+def spans_nodes(degrees: Degrees, node_size: int) -> bool:
+    """Whether the ranks that hold all experts once are on several nodes.
+
+    Args:
+        degrees: of all ranks.
+        node_size: consecutive ranks that share a node.
+
+    Raises:
+        ConfigError: nodes and these ranks do not divide each other.
+    """
+    require_positive_integer(node_size=node_size)
+    held = degrees.ep * degrees.etp
+    # On one node, several copies of all experts may be; on several, one copy takes whole nodes, and an expert one.
+    if node_size % held and (held % node_size or node_size % degrees.etp):
+        raise ConfigError(
+            f"node_size={node_size} must be a multiple of ep={degrees.ep} * etp={degrees.etp} = {held} ranks that hold "
+            "all experts once, or divide them and be a multiple of etp"
+        )
+    return held > node_size
+
+
 def coordinates(rank: int, shape: Mapping[str, int]) -> dict[str, int]:
     """The address of a rank on a mesh whose last axis varies fastest."""
     address = {}

@@ -5,9 +5,8 @@ from typing import final
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moe.config import require_positive_integer
 from moe.errors import ConfigError
-from moe.parallel.degrees import Degrees, rank_table
+from moe.parallel.degrees import Degrees, rank_table, spans_nodes
 
 
 @final
@@ -57,7 +56,7 @@ class ParallelMesh:
         self.exchange = self.experts["ep", "etp"]._flatten("exchange").get_group()
         self.nodes: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
         held = degrees.ep * degrees.etp
-        if node_size is not None and _is_divided(degrees, node_size):
+        if node_size is not None and spans_nodes(degrees, node_size):
             shape = {"copies": degrees.world_size // held, "nodes": held // node_size, "node": node_size}
             mesh = _mesh(device_type, shape)
             self.nodes = mesh.get_group("nodes"), mesh.get_group("node")
@@ -80,19 +79,6 @@ class ParallelMesh:
     def table(self) -> str:
         """Every rank with both its addresses, one a line."""
         return rank_table(self.degrees)
-
-
-def _is_divided(degrees: Degrees, node_size: int) -> bool:
-    """Whether the ranks that hold all experts once are on several nodes."""
-    require_positive_integer(node_size=node_size)
-    held = degrees.ep * degrees.etp
-    # On one node, several copies of all experts may be; on several, one copy takes whole nodes, and an expert one.
-    if node_size % held and (held % node_size or node_size % degrees.etp):
-        raise ConfigError(
-            f"node_size={node_size} must be a multiple of ep={degrees.ep} * etp={degrees.etp} = {held} ranks that hold "
-            "all experts once, or divide them and be a multiple of etp"
-        )
-    return held > node_size
 
 
 def _mesh(device_type: str, shape: dict[str, int]) -> DeviceMesh:

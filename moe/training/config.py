@@ -166,6 +166,9 @@ class ParallelOptions:
     max_received_tokens: int | None = None
     """Tokens that a rank's experts take at a time; more go in further rounds. None for no limit."""
 
+    node_size: int | None = None
+    """Consecutive ranks that share a node, to which a token then crosses once; None where all links count alike."""
+
     microbatches: int | None = None
     """Parts of a rank's sequences that go through the pipeline one after another; None for as many as stages."""
 
@@ -178,8 +181,9 @@ class ParallelOptions:
     def __post_init__(self) -> None:
         whole = ("pp", "dp_replicate", "tp", "ep", "etp", "chunks", "stages_per_rank")
         require_positive_integer(**{name: getattr(self, name) for name in whole})
-        open_ended = {name: getattr(self, name) for name in ("dp_shard", "max_received_tokens", "microbatches")}
-        require_positive_integer(**{name: value for name, value in open_ended.items() if value is not None})
+        for name in ("dp_shard", "max_received_tokens", "node_size", "microbatches"):
+            if getattr(self, name) is not None:
+                require_positive_integer(**{name: getattr(self, name)})
         require_positive(timeout=self.timeout)
         stages = self.pp * self.stages_per_rank
         if self.pp > 1 and (self.num_microbatches < stages or self.num_microbatches % self.pp):

@@ -210,7 +210,7 @@ def spread(
     """
     if not isinstance(ranks, World):
         return OneDevice(model)
-    mesh = ParallelMesh(degrees, next(model.parameters()).device.type)
+    mesh = ParallelMesh(degrees, next(model.parameters()).device.type, node_size=options.node_size)
     ranks.limit_groups()
     how: dict[str, Any] = {"chunks": options.chunks, "max_received_tokens": options.max_received_tokens}
     if degrees.pp == 1:

@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--fault", help="plant a mistake and see it caught; `list` explains each")
     add("--chunks", type=int, default=defaults.chunks, help="rounds of an exchange at least (default: %(default)s)")
     add("--max-received-tokens", type=int, help="of a layer on one rank at a time (default: no limit)")
+    add("--node-size", type=int, help="consecutive ranks that share a node (default: one node)")
     add("--max-norm", type=float, help="gradients are clipped to it (default: half the first step's norm)")
     add("--batch-size", type=int, help="rows of one step, all ranks and micro-batches (default: 3 a micro-batch)")
     add("--seed", type=int, default=defaults.seed, help="of parameters and data (default: %(default)s)")

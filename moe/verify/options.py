@@ -10,6 +10,7 @@ import torch
 from moe.config import option, require_positive, require_positive_integer
 from moe.errors import ConfigError
 from moe.parallel import Degrees
+from moe.parallel.degrees import spans_nodes
 from moe.verify.faults import FAULTS
 
 MAX_RANKS = 64
@@ -65,6 +66,8 @@ class VerifyOptions:
     """See ``moe.parallelize``."""
     max_received_tokens: int | None = None
     """See ``moe.parallelize``."""
+    node_size: int | None = None
+    """See :class:`moe.parallel.ParallelMesh`."""
     max_norm: float | None = None
     """Gradients are clipped to it; None for half the norm of the first step, so that clipping happens."""
     tolerance: float | None = None
@@ -80,7 +83,7 @@ class VerifyOptions:
         option(Precision, "dtype", self.dtype)
         for name in ("steps", "accumulate", "chunks", "stages_per_rank"):
             require_positive_integer(**{name: getattr(self, name)})
-        for name in ("microbatches", "batch_size", "max_received_tokens"):
+        for name in ("microbatches", "batch_size", "max_received_tokens", "node_size"):
             if getattr(self, name) is not None:
                 require_positive_integer(**{name: getattr(self, name)})
         for name in ("max_norm", "tolerance"):
@@ -132,8 +135,8 @@ def check_degrees(degrees: Degrees, options: VerifyOptions) -> None:
     """Refuse what cannot be run here, before a process is started.
 
     Raises:
-        ConfigError: options of a pipeline where there is none, fewer micro-batches than stages, too many ranks, or a
-            limit of received tokens that no round keeps.
+        ConfigError: options of a pipeline where there is none, fewer micro-batches than stages, too many ranks, nodes
+            that the experts do not fit, or a limit of received tokens that no round keeps.
     """
     if degrees.pp == 1 and (options.microbatches is not None or options.stages_per_rank > 1):
         raise ConfigError(
@@ -146,6 +149,8 @@ def check_degrees(degrees: Degrees, options: VerifyOptions) -> None:
         raise ConfigError(
             f"degrees {degrees} need {degrees.world_size} ranks, each a process of this machine; at most {MAX_RANKS}"
         )
+    if options.node_size is not None:
+        spans_nodes(degrees, options.node_size)
     held, limit = degrees.ep * degrees.etp, options.max_received_tokens
     if limit is not None and limit < held:
         raise ConfigError(

@@ -73,7 +73,7 @@ def run_rank(factory: Factory, degrees: Degrees, options: VerifyOptions, max_nor
     """
     with planted(options.fault) as fired:
         trial = build(factory, options.seed, options.precision.dtype)
-        mesh = ParallelMesh(degrees)
+        mesh = ParallelMesh(degrees, node_size=options.node_size)
         return _run(spread(trial, mesh, options), trial, degrees, options, [mesh.data_rank], max_norm, fired)
 
 

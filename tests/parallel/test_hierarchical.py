@@ -30,6 +30,12 @@ def test_equals_one_process(outcomes: dict[str, list[tuple[Outcome, int, int]]],
     require_equal(CASES[name], [outcome for outcome, _, _ in outcomes[name]])
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.limit])
+def test_a_limit_holds_for_what_the_experts_get(outcomes: dict[str, list[tuple[Outcome, int, int]]], name: str) -> None:
+    received = [max(outcome.received, default=0) for outcome, _, _ in outcomes[name]]
+    assert 0 < max(received) <= CASES[name].limit
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_token_crosses_to_a_node_at_most_once(outcomes: dict[str, list[tuple[Outcome, int, int]]], name: str) -> None:
     case = CASES[name]

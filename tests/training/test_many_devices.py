@@ -69,7 +69,7 @@ def test_curves_do_not_depend_on_the_degrees(shared):
         (2, {"ep": 2}),
         (2, {"tp": 2}),
         (2, {"pp": 2, "microbatches": 4}),
-        (4, {"dp_replicate": 2, "ep": 4, "chunks": 2, "max_received_tokens": 8}),
+        (4, {"dp_replicate": 2, "ep": 4, "node_size": 2, "chunks": 2, "max_received_tokens": 8}),
         (4, {"pp": 2, "ep": 2}),
     ):
         name = "_".join(f"{axis}{size}" for axis, size in degrees.items())

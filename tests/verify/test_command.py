@@ -92,6 +92,8 @@ BAD = [  # arguments, what the error says
     ("--degrees pp=2 --stages-per-rank 0", "stages_per_rank=0 must be positive"),
     ("--degrees pp=4 --microbatches 3", "microbatches=3 must be at least pp=4"),
     ("--degrees pp=2 --batch-size 4", "accumulate=2 \\* microbatches=3 = 6 micro-batches; take a multiple of 6"),
+    ("--degrees ep=4,etp=2 --node-size 3", "node_size=3 must be a multiple of ep=4 .* etp=2 = 8"),
+    ("--degrees ep=2 --node-size 0", "node_size=0 must be positive"),
     ("--degrees ep=2 --microbatches 4", "microbatches=4 and stages_per_rank=1 are of a pipeline; .* add pp=2"),
     ("--degrees pp=2 --factory tests.verify.trials:tied", "tie_embeddings=True puts one weight on the first and"),
     ("--degrees pp=2 --factory tests.verify.trials:batch_without_tokens", "under pp > 1 a batch needs 'tokens'"),

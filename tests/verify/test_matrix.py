@@ -34,6 +34,8 @@ FOUR: list[Case] = [
         {"num_experts": 8, "top_k": 3, "router": {"name": "sigmoid", "num_groups": 4, "top_groups": 2}},
     ),
     ("ep=2,dp_shard=4", "reentrant", {}, {}),
+    ("ep=4", "none", {"node_size": 2, "chunks": 2}, {"num_experts": 7, "top_k": 3}),
+    ("ep=2,etp=2,dp_shard=4", "nonreentrant", {"node_size": 2, "max_received_tokens": 7}, {}),
     ("ep=2,dp_shard=2,dp_replicate=2", "none", {}, {"capacity_factor": 1.0}),
     ("ep=4,dp_shard=1,dp_replicate=4", "none", {"chunks": 2}, {}),
     ("ep=2,tp=2,dp_shard=2", "nonreentrant", {"max_received_tokens": 4}, {}),

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 
 from moe.layer import balance_loss
 from moe.parallel.pipeline import Pipeline
@@ -46,9 +45,7 @@ def cleared_gradients(fire: Fire) -> list[Patch]:
 
     @contextmanager
     def set_aside(self: Pipeline) -> Iterator[None]:
-        modules: list[nn.Module] = [module for part in self.parallel.parts for module in part.modules()]
-        has_gradients = any(p.grad is not None for _, p in self.parallel.named_parameters())
-        if has_gradients and any(isinstance(module, FSDPModule) for module in modules):
+        if self.mesh.degrees.dp > 1 and any(p.grad is not None for _, p in self.parallel.named_parameters()):
             fire()
         yield
 
