@@ -50,6 +50,22 @@ def run_local(function: Callable[..., Any], world_size: int, args: Sequence[Any]
 def _rank(
     rank: int, function: Callable[..., Any], world_size: int, args: Sequence[Any], folder: str, timeout: float
 ) -> None:
+    join_group(rank, world_size, folder, timeout)
+    result = function(*args)
+    torch.save(result, Path(folder, str(rank)))
+    dist.barrier()  # nobody leaves while another still talks to it
+    dist.destroy_process_group()
+
+
+def join_group(rank: int, world_size: int, folder: str, timeout: float) -> None:
+    """Make this process a rank of one thread, over gloo.
+
+    Args:
+        rank: its number.
+        world_size: of how many.
+        folder: where they all meet; of nobody else.
+        timeout: seconds until a collective that waits for another rank gives up.
+    """
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -58,7 +74,3 @@ def _rank(
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
     )
-    result = function(*args)
-    torch.save(result, Path(folder, str(rank)))
-    dist.barrier()  # nobody leaves while another still talks to it
-    dist.destroy_process_group()

@@ -181,9 +181,8 @@ class ParallelOptions:
     def __post_init__(self) -> None:
         whole = ("pp", "dp_replicate", "tp", "ep", "etp", "chunks", "stages_per_rank")
         require_positive_integer(**{name: getattr(self, name) for name in whole})
-        for name in ("dp_shard", "max_received_tokens", "node_size", "microbatches"):
-            if getattr(self, name) is not None:
-                require_positive_integer(**{name: getattr(self, name)})
+        open_ended = ("dp_shard", "max_received_tokens", "node_size", "microbatches")
+        require_positive_integer(**{n: size for n in open_ended if (size := getattr(self, n)) is not None})
         require_positive(timeout=self.timeout)
         stages = self.pp * self.stages_per_rank
         if self.pp > 1 and (self.num_microbatches < stages or self.num_microbatches % self.pp):

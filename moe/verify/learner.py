@@ -115,7 +115,7 @@ class _Pipelined:
     def backward(self, batches: Sequence[Batch], weight: float) -> float:
         """See :data:`Backward`."""
         self._batches = batches
-        arguments = {key: torch.cat([batch[key] for batch in batches]) for key in decoder_arguments(batches[0])}
+        arguments = {key: torch.cat([batch[key] for batch in batches]) for key in _decoder_arguments(batches[0])}
         return self.pipeline.step(targets=torch.arange(len(batches)), scale=weight, **arguments).item()
 
     def _loss(self, logits: Tensor, number: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class _Returns(nn.Module):
         return self._output
 
 
-def decoder_arguments(batch: Batch) -> list[str]:
+def _decoder_arguments(batch: Batch) -> list[str]:
     """The tensors of a batch that a decoder takes.
 
     Raises:

@@ -81,8 +81,8 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         option(Precision, "dtype", self.dtype)
-        for name in ("steps", "accumulate", "chunks", "stages_per_rank"):
-            require_positive_integer(**{name: getattr(self, name)})
+        whole = ("steps", "accumulate", "chunks", "stages_per_rank")
+        require_positive_integer(**{name: getattr(self, name) for name in whole})
         for name in ("microbatches", "batch_size", "max_received_tokens", "node_size"):
             if getattr(self, name) is not None:
                 require_positive_integer(**{name: getattr(self, name)})

@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from moe.errors import ConfigError, ParallelError
 from moe.parallel import Degrees, ParallelMesh, parallelize
 from moe.parallel.attempt import greet, welcome
 from moe.parallel.failure import RollCall, Seat, is_collective_failure
-from moe.parallel.local_ranks import run_local
+from moe.parallel.local_ranks import join_group, run_local
 from moe.parallel.world import World, add_up, meet
 
 RANKS, VICTIM, TIMEOUT = 3, 1, 8.0
@@ -46,14 +45,7 @@ def on_every_rank(function, folder, timeout=TIMEOUT):
 
 
 def _rank(rank, function, folder, timeout):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=timeout / 2),
-    )
+    join_group(rank, RANKS, folder, timeout / 2)
     lost = Path(folder, "lost")
     try:
         with meet(torch.device("cpu"), timeout) as world:
