@@ -2,8 +2,17 @@
 
 from typing import Any
 
-from moe.balance import RouterZLoss, ScoreBias, SquaredDeviation, SwitchLoss
-from moe.layer import MoE, balance_loss, balance_step, moe_layers, take_evaluation_load
+from moe.balance import RouterZLoss, ScoreBias, SquaredDeviation, SwitchLoss, checkpoint_contexts
+from moe.layer import (
+    MoE,
+    balance_loss,
+    balance_step,
+    count_ahead,
+    moe_layers,
+    record_routing,
+    replay_routing,
+    take_evaluation_load,
+)
 from moe.monitor import LoadStats
 from moe.types import Routing
 
@@ -19,8 +28,12 @@ __all__ = [
     "SwitchLoss",
     "balance_loss",
     "balance_step",
+    "checkpoint_contexts",
+    "count_ahead",
     "moe_layers",
     "parallelize",
+    "record_routing",
+    "replay_routing",
     "take_evaluation_load",
 ]
 

@@ -39,6 +39,15 @@ class DropPolicy(StrEnum):
     """The highest scores, earlier tokens first among equals. A later token can push out an earlier one."""
 
 
+class NullOutput(StrEnum):
+    """What a null expert, one that computes nothing, gives back for a token."""
+
+    ZERO = "zero"
+    """Nothing: the token gets less of the others (AdaMoE, arXiv 2406.13233)."""
+    IDENTITY = "identity"
+    """The token itself, times its weight (LongCat-Flash, arXiv 2509.01322)."""
+
+
 class Recompute(StrEnum):
     """What the experts compute again in backward instead of keeping it, to the same bits."""
 
@@ -93,10 +102,23 @@ def construct(name: str, builder: Callable[..., Made], options: Mapping[str, Any
         ConfigError: an option that the builder does not have, or one that it needs and that is missing.
     """
     try:
-        inspect.signature(builder).bind(**options)
+        _signature(builder).bind(**options)
     except TypeError as error:
         raise ConfigError(f"{name} does not take these options: {error}") from None
     return builder(**options)
+
+
+def _signature(builder: Callable[..., Any]) -> inspect.Signature:
+    """What a builder takes by name; of a class that hands ``**options`` on to its base, the base's parameters too."""
+    kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    parameters: dict[str, inspect.Parameter] = {}
+    for part in builder.__mro__ if isinstance(builder, type) else (builder,):
+        theirs = inspect.signature(part).parameters.values()
+        named = {p.name: p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in theirs if p.kind not in kinds}
+        parameters = named | parameters
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in theirs):
+            break
+    return inspect.Signature(list(parameters.values()))
 
 
 def require_positive(**values: Any) -> None:

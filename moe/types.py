@@ -3,7 +3,7 @@
 Sizes: T tokens, E experts, K experts per token (``top_k``), N = T * K assignments.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import final
 
 import torch
@@ -40,10 +40,25 @@ class Routing:
     token_mask: Bool[Tensor, " T"] | None = None
     """True for tokens that count; None when all do. A masked token has no expert."""
 
+    num_sequences: int = 1
+    """The tokens are so many sequences of equal length, one after the other."""
+
+    num_null_experts: int = 0
+    """The last so many of the E experts are null: they compute nothing. The router's decision names them; what is
+    handed to the experts does not."""
+
+    selection_probability: Float[Tensor, "T E"] | None = None
+    """Where the router adds noise: how probable each choice is for a draw of new noise, with gradients."""
+
     @property
     def num_experts(self) -> int:
-        """E."""
+        """E, null experts included."""
         return self.scores.shape[-1]
+
+    @property
+    def num_real_experts(self) -> int:
+        """E without the null experts."""
+        return self.num_experts - self.num_null_experts
 
     def keep(self, kept: Bool[Tensor, "T K"]) -> "Routing":
         """The same decision with the assignments that are not ``kept`` turned into *no expert*."""
@@ -52,6 +67,11 @@ class Routing:
             expert_ids=self.expert_ids.masked_fill(~kept, -1),
             weights=self.weights.masked_fill(~kept, 0.0),
         )
+
+    def detach(self) -> "Routing":
+        """The same decision without gradients."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Routing(**{n: value.detach() if isinstance(value, Tensor) else value for n, value in found.items()})
 
     def tokens_per_expert(self) -> Int[Tensor, " E"]:
         """How many assignments each expert gets, int64, without waiting for the device."""

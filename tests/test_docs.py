@@ -21,6 +21,7 @@ from moe.kernels.combine import combine_rows
 from moe.kernels.experts import run_experts
 from moe.kernels.gather import gather_rows
 from moe.kernels.grouped_mm import grouped_mm
+from moe.kernels.margins import count_margins
 from moe.kernels.plan import make_plan
 from moe.kernels.route import route
 from moe.kernels.route.logits import router_logits
@@ -210,7 +211,7 @@ def test_the_tables_of_files_are_complete(workplace: Path) -> None:
     assert set(yaml.safe_load((run / "config.yaml").read_text())) == set(composed())
 
 
-OPERATIONS = (router_logits, route, run_experts, make_plan, gather_rows, grouped_mm, combine_rows)
+OPERATIONS = (router_logits, route, run_experts, make_plan, gather_rows, grouped_mm, combine_rows, count_margins)
 
 
 def test_routers_losses_and_operations_are_all_described() -> None:

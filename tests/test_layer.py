@@ -13,6 +13,16 @@ from moe.routing import ROUTERS, SoftmaxRouter
 from tests.support.oracle import ACTIVATIONS, experts_oracle, feed_forward
 
 
+PER_TOKEN = ("softmax", "top_k_softmax", "sigmoid", "sqrt_softplus", "switch", "hash", "relu", "threshold")
+"""Routers that decide for each token alone, without noise."""
+
+
+def named(router):
+    """What the layer takes for a name; two experts a token where the router lets one choose."""
+    options = {"name": router, "vocab_size": 50} if router == "hash" else {"name": router}
+    return {"router": options, "top_k": 1 if router == "switch" else 2}
+
+
 def make(dim=8, hidden_dim=16, num_experts=6, top_k=2, seed=0, **options):
     torch.manual_seed(seed)
     return moe.MoE(dim, hidden_dim, num_experts, top_k, **options)
@@ -33,29 +43,59 @@ def test_any_leading_dimensions(shape):
 @pytest.mark.parametrize("capacity_factor", [None, 0.7])
 def test_output_and_gradients_match_the_oracle(router, capacity_factor):
     """The routed sum in float64, with the router's decision taken as given."""
-    top_k = 1 if router == "switch" else 2
-    layer = make(router=router, top_k=top_k, capacity_factor=capacity_factor, balance=()).double()
-    x = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
-    y = layer(x)
+    layer = make(**named(router), capacity_factor=capacity_factor, balance=()).double()
+    x, ids = torch.randn(30, 8, dtype=torch.float64, requires_grad=True), torch.randint(50, (30,))
+    torch.manual_seed(1)
+    y = layer(x, token_ids=ids)
     (call,) = layer.calls.open_calls()
-    assert (call.kept < 0).any() == (capacity_factor is not None)
+    assert (call.kept != call.chosen).any() == (capacity_factor is not None)
     inputs = [x, *layer.parameters()]
     upstream = torch.randn_like(y)
     found = torch.autograd.grad(y, inputs, upstream, retain_graph=True)
-    replayed = layer.router(x, replay=lambda *_: call.chosen).keep(call.kept >= 0)
+    torch.manual_seed(1)  # a noisy router's weights are of the same draw
+    replayed = layer.router(x, replay=lambda *_: call.chosen, token_ids=ids).keep(call.kept >= 0)
     expected = experts_oracle(layer.experts, x, replayed)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(found, torch.autograd.grad(expected, inputs, upstream)):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
 
 
-@given(st.integers(1, 40), st.integers(0, 1000), st.sampled_from(sorted(ROUTERS)))
+@given(st.integers(1, 40), st.integers(0, 1000), st.sampled_from(PER_TOKEN))
 @settings(max_examples=25)
 def test_permuting_tokens_permutes_the_output(num_tokens, seed, router):
-    layer = make(router=router, top_k=1 if router == "switch" else 3, seed=seed).double()
-    x = torch.randn(num_tokens, 8, dtype=torch.float64)
+    layer = make(**named(router), seed=seed).double()
+    x, ids = torch.randn(num_tokens, 8, dtype=torch.float64), torch.randint(50, (num_tokens,))
     order = torch.randperm(num_tokens)
-    torch.testing.assert_close(layer(x[order]), layer(x)[order], rtol=1e-12, atol=1e-14)
+    found = layer(x[order], token_ids=ids[order])
+    torch.testing.assert_close(found, layer(x, token_ids=ids)[order], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("output", ["zero", "identity"])
+def test_null_experts_compute_nothing(output):
+    """Against the same layer whose null experts are real ones, of weights that make them 0 or the identity."""
+    router = {"name": "sigmoid", "null_ratio": 1 / 3, "null_output": output, "normalize": False}
+    layer = make(num_experts=4, top_k=3, router=router, activation="relu", balance=[moe.ScoreBias(0.1)]).double()
+    x = torch.randn(25, 8, dtype=torch.float64).abs().requires_grad_()
+    y = layer(x)
+    whole = make(
+        num_experts=6, top_k=3, router={"name": "sigmoid", "normalize": False}, activation="relu", balance=()
+    ).double()
+    with torch.no_grad():
+        whole.router.weight.copy_(layer.router.weight)
+        whole.experts.up_weight[:4], whole.experts.down_weight[:4] = layer.experts.up_weight, layer.experts.down_weight
+        eye = torch.eye(16, 8, dtype=torch.float64)  # tokens are positive, so relu keeps them
+        whole.experts.up_weight[4:], whole.experts.down_weight[4:] = eye, eye.T if output == "identity" else 0 * eye.T
+    torch.testing.assert_close(y, whole(x), rtol=1e-12, atol=1e-13)
+    grads = [torch.autograd.grad(m(x).square().sum(), (x, m.router.weight)) for m in (layer, whole)]
+    for mine, theirs in zip(*grads):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+    moe.balance_loss(layer)
+    load = moe.balance_step(layer)[""]
+    counts = load.tokens_per_expert
+    assert counts.sum() == 2 * 25 * 3  # of both calls
+    assert load.null_rate == counts[4:].sum() / counts.sum()
+    assert load.dropped == 0
+    assert torch.equal(layer.router.score_bias.sign(), (counts.double().mean() - counts).sign().float())
 
 
 def test_shared_experts_see_every_token():

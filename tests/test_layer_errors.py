@@ -35,7 +35,7 @@ def make(dim=8, hidden_dim=16, num_experts=6, top_k=2, **options):
         ({"balance": None}, "balance=None must be a mapping"),
         ({"balance": "switch"}, "balance='switch' must be a mapping"),
         ({"balance": {"switch": 0.01}}, "balance='switch' has options 0.01; they must be a mapping"),
-        ({"balance": [moe.SwitchLoss]}, "is neither a ScoreBias nor a loss"),
+        ({"balance": [moe.SwitchLoss]}, "balance=SwitchLoss is a class; give an instance"),
         ({"balance": {"switch": {"name": "router_z", "rate": 1}}}, "balance='switch' does not take these options"),
         ({"shared_hidden_dim": -1}, "shared_hidden_dim=-1"),
         ({"shared_gate": True}, "shared_hidden_dim=0 must be positive where shared_gate"),

@@ -6,6 +6,7 @@ from enum import StrEnum
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 CHUNK_KEYS = 2**17  # keys that are searched at once: few enough to stay in a core's cache
 
@@ -17,10 +18,18 @@ class ScoreFunction(StrEnum):
     """exp(logit) over the sum of all experts' (arXiv 1701.06538, without its noise)."""
     SIGMOID = "sigmoid"
     """1 / (1 + exp(-logit)) of each expert alone (DeepSeek-V3, arXiv 2412.19437, equation 15)."""
+    SQRT_SOFTPLUS = "sqrt_softplus"
+    """sqrt(log(1 + exp(logit))) of each expert alone (DeepSeek-V4, arXiv 2606.19348)."""
 
     def of(self, logits: Tensor) -> Tensor:
         """Turn logits ``(T, E)`` into scores of the same shape and dtype."""
-        return logits.softmax(-1) if self is ScoreFunction.SOFTMAX else logits.sigmoid()
+        if self is ScoreFunction.SOFTMAX:
+            return logits.softmax(-1)
+        if self is ScoreFunction.SIGMOID:
+            return logits.sigmoid()
+        squared = softplus(logits, threshold=40)  # beyond it softplus(x) is x in float64 too
+        underflowed = squared == 0  # where the gradient is 0, and that of a square root would be infinite
+        return squared.masked_fill(underflowed, 1).sqrt().masked_fill(underflowed, 0)
 
 
 def best_columns(keys: Tensor, k: int) -> Tensor:
@@ -110,11 +119,28 @@ def _scores(logits: Tensor, score_function: str) -> Tensor:
     if score_function == ScoreFunction.SOFTMAX:
         return logits.softmax(-1)
     # PyTorch's exponential rounds what is left over behind the last full vector otherwise than the rest, NumPy's alike.
-    scores = np.negative(logits.detach().numpy())
-    with np.errstate(over="ignore"):  # 1 / inf is right
-        np.exp(scores, out=scores)
-    scores += 1
-    return torch.from_numpy(np.reciprocal(scores, out=scores))
+    values = logits.detach().numpy()
+    if score_function == ScoreFunction.SIGMOID:
+        scores = np.negative(values)
+        with np.errstate(over="ignore"):  # 1 / inf is right
+            np.exp(scores, out=scores)
+        scores += 1
+        return torch.from_numpy(np.reciprocal(scores, out=scores))
+    scores = np.abs(values)
+    np.negative(scores, out=scores)
+    np.exp(scores, out=scores)
+    np.log1p(scores, out=scores)
+    scores += np.maximum(values, 0)
+    return torch.from_numpy(np.sqrt(scores, out=scores))
+
+
+def _half_log_slope(scores: Tensor) -> Tensor:
+    """The derivative of a score ``s = sqrt(softplus(logit))`` over it, ``(1 - exp(-s^2)) / (2 s^2)``; 1/2 at 0."""
+    squared = np.square(scores.detach().numpy())
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        slope = -0.5 * (np.expm1(-squared) / squared)
+    slope[squared == 0] = 0.5
+    return torch.from_numpy(slope)
 
 
 def _chosen_scores(scores: Tensor, expert_ids: Tensor) -> Tensor:
@@ -214,4 +240,4 @@ def route_backward(
         terms.scatter_add_(1, expert_ids.clamp(min=0).long(), scale * share * (grad - mean))
     if score_function == ScoreFunction.SOFTMAX:
         return terms.addcmul_(scores, terms.sum(-1, keepdim=True), value=-1)
-    return terms.mul_(1 - scores)
+    return terms.mul_(1 - scores if score_function == ScoreFunction.SIGMOID else _half_log_slope(scores))

@@ -16,6 +16,7 @@ from moe.kernels.route.triton_tiles import (
     TINY,
     chosen_scores,
     expert_at,
+    grad_through_scores,
     normalized,
     score_of,
     selection_keys,
@@ -41,7 +42,7 @@ def _route_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BY_SCORE: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    SCORE_FUNCTION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -62,7 +63,7 @@ def _route_kernel(
     values = tl.load(logits + row + expert[None, :], mask=valid, other=float("-inf"))
     largest = tl.max(values, axis=1)[:, None]
     total = tl.sum(tl.exp(values - largest), axis=1)[:, None]
-    score = score_of(values, largest, total, SIGMOID)
+    score = score_of(values, largest, total, SCORE_FUNCTION)
     tl.store(scores + row + expert[None, :], score, mask=valid)
     choice = tl.arange(0, CHOICES)
     chosen_at = token.to(tl.int64)[:, None] * TOP_K + choice[None, :]
@@ -77,7 +78,7 @@ def _route_kernel(
         tl.store(expert_ids + chosen_at, ids, mask=is_choice)
     else:
         ids = tl.load(expert_ids + chosen_at, mask=is_choice, other=-1)
-    share, _total = normalized(chosen_scores(logits + row, ids, is_choice, largest, total, SIGMOID), NORMALIZE)
+    share, _total = normalized(chosen_scores(logits + row, ids, is_choice, largest, total, SCORE_FUNCTION), NORMALIZE)
     tl.store(weights + chosen_at, share * scale, mask=is_choice)
 
 
@@ -93,7 +94,7 @@ def _route_backward_kernel(
     scale,
     HAS_GRAD_WEIGHTS: tl.constexpr,
     HAS_GRAD_SCORES: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    SCORE_FUNCTION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -128,10 +129,7 @@ def _route_backward_kernel(
             best = tl.sum(tl.where(is_k, ids, 0), axis=1)
             term = tl.sum(tl.where(is_k, chosen_terms, 0.0), axis=1)
             terms += tl.where(expert[None, :] == best[:, None], term[:, None], 0.0)
-    if SIGMOID:
-        terms *= 1 - score
-    else:
-        terms -= score * tl.sum(terms, axis=1)[:, None]
+    terms = grad_through_scores(terms, score, SCORE_FUNCTION)
     tl.store(grad_logits + row + expert[None, :], terms, mask=valid)
 
 
@@ -175,7 +173,7 @@ def _launch(
         HAS_BIAS=score_bias is not None,
         HAS_MASK=token_mask is not None,
         BY_SCORE=by_score,
-        SIGMOID=score_function == "sigmoid",
+        SCORE_FUNCTION=score_function,
         NORMALIZE=normalize,
         NUM_EXPERTS=num_experts,
         TOP_K=top_k,
@@ -264,7 +262,7 @@ def route_backward(
         scale,
         HAS_GRAD_WEIGHTS=grad_weights is not None,
         HAS_GRAD_SCORES=grad_scores is not None,
-        SIGMOID=score_function == "sigmoid",
+        SCORE_FUNCTION=score_function,
         NORMALIZE=normalize,
         NUM_EXPERTS=num_experts,
         TOP_K=expert_ids.shape[1],

@@ -65,17 +65,56 @@ def expert_at(place, NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, MEMBER
 
 @triton.jit
 @no_type_check
-def score_of(values, largest, total, SIGMOID: tl.constexpr):
-    """Scores of logits; softmax by the largest logit of the token and its sum of ``exp(logit - largest)``."""
-    return tl.sigmoid(values) if SIGMOID else tl.exp(values - largest) / total
+def _log1p(x):
+    """``log(1 + x)`` of 0 <= x <= 1 to float32 precision, however small x: a GPU's logarithm loses that near 1."""
+    z = x / (2 + x)  # log(1 + x) = 2 artanh(z), whose series in z^2 <= 1/9 has no term that cancels another
+    square = z * z
+    series = 1.0 / 13
+    for i in tl.static_range(6):
+        series = series * square + 1.0 / (11 - 2 * i)
+    return 2 * z * series
 
 
 @triton.jit
 @no_type_check
-def chosen_scores(logits, ids, is_choice, largest, total, SIGMOID: tl.constexpr):
+def score_of(values, largest, total, SCORE_FUNCTION: tl.constexpr):
+    """Scores of logits; softmax by the largest logit of the token and its sum of ``exp(logit - largest)``."""
+    if SCORE_FUNCTION == "softmax":
+        score = tl.exp(values - largest) / total
+    elif SCORE_FUNCTION == "sigmoid":
+        score = tl.sigmoid(values)
+    else:
+        tl.static_assert(SCORE_FUNCTION == "sqrt_softplus", "a score function without a formula here")
+        score = tl.sqrt(_log1p(tl.exp(-tl.abs(values))) + tl.maximum(values, 0.0))  # the first term keeps NaN
+    return score
+
+
+@triton.jit
+@no_type_check
+def grad_through_scores(terms, score, SCORE_FUNCTION: tl.constexpr):
+    """The gradient of the logits, from that of the scores times the scores."""
+    if SCORE_FUNCTION == "softmax":
+        terms -= score * tl.sum(terms, axis=1)[:, None]
+    elif SCORE_FUNCTION == "sigmoid":
+        terms *= 1 - score
+    else:
+        tl.static_assert(SCORE_FUNCTION == "sqrt_softplus", "a score function without a gradient here")
+        # (1 - exp(-x)) / (2 x) at x = score^2; where the difference would cancel by the series 1 - x/2 (1 - x/3 (...)),
+        # without its terms from x^8 / 9! < 2^-26 on.
+        square = score * score
+        series = tl.full(score.shape, 1.0, tl.float32)
+        for i in tl.static_range(7):
+            series = 1.0 - series * square * (1.0 / (8 - i))
+        terms *= 0.5 * tl.where(square < 0.5, series, (1 - tl.exp(-square)) / square)
+    return terms
+
+
+@triton.jit
+@no_type_check
+def chosen_scores(logits, ids, is_choice, largest, total, SCORE_FUNCTION: tl.constexpr):
     """Scores of chosen experts, 0 for none; from their logits once more (in the cache): a tile cannot be indexed."""
     owned = is_choice & (ids >= 0)
-    return tl.where(owned, score_of(tl.load(logits + ids, mask=owned, other=0.0), largest, total, SIGMOID), 0.0)
+    return tl.where(owned, score_of(tl.load(logits + ids, mask=owned, other=0.0), largest, total, SCORE_FUNCTION), 0.0)
 
 
 @triton.jit

@@ -1,73 +1,71 @@
-"""What makes the load of experts even: losses, a selection bias, and the book-keeping that counts each call once."""
+"""What makes the load of experts even: losses, bias rules, and the book-keeping that counts each call once."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from moe.balance.bias import ScoreBias
-from moe.balance.calls import Call, CallLog, attach, in_backward
-from moe.balance.losses import (
-    LOSSES,
-    BalanceLoss,
-    RouterZLoss,
-    SquaredDeviation,
-    SwitchLoss,
+from moe.balance.adaptive import AdaptiveL1
+from moe.balance.attach import attach, in_backward
+from moe.balance.balancer import Balancer, StepLoad
+from moe.balance.bias import MomentumBias, RmsBias, ScoreBias
+from moe.balance.calls import Call, CallLog, PendingLoss
+from moe.balance.device_losses import CommunicationBalance, DeviceBalance
+from moe.balance.importance import ImportanceLoss, LoadLoss
+from moe.balance.protocols import AdaptiveLoss, BalanceLoss, BiasRule, WeightLoss
+from moe.balance.quantile import QuantileBias, exact_quantile_bias
+from moe.balance.router_losses import RouterOrthogonality, RouterSimilarity, RouterZLoss
+from moe.balance.share_losses import SquaredDeviation, SwitchLoss
+from moe.balance.shares import (
+    Scope,
+    ShareLoss,
     count_tokens,
     load_share,
     mean_probability,
+    probability_sum,
     squared_deviation,
 )
-from moe.config import make
-from moe.errors import ConfigError
+from moe.balance.step_counts import StepCounts
+from moe.balance.tape import Tape, checkpoint_contexts, read_call, write_call
+from moe.balance.terms import BIAS_RULES, LOSSES, BalanceSpec, Terms, make_balance
 
 __all__ = [
+    "BIAS_RULES",
+    "LOSSES",
+    "AdaptiveL1",
+    "AdaptiveLoss",
     "BalanceLoss",
     "BalanceSpec",
+    "Balancer",
+    "BiasRule",
     "Call",
     "CallLog",
+    "CommunicationBalance",
+    "DeviceBalance",
+    "ImportanceLoss",
+    "LoadLoss",
+    "MomentumBias",
+    "PendingLoss",
+    "QuantileBias",
+    "RmsBias",
+    "RouterOrthogonality",
+    "RouterSimilarity",
     "RouterZLoss",
+    "Scope",
     "ScoreBias",
+    "ShareLoss",
     "SquaredDeviation",
+    "StepCounts",
+    "StepLoad",
     "SwitchLoss",
+    "Tape",
+    "Terms",
+    "WeightLoss",
     "attach",
+    "checkpoint_contexts",
     "count_tokens",
+    "exact_quantile_bias",
     "in_backward",
     "load_share",
     "make_balance",
     "mean_probability",
+    "probability_sum",
+    "read_call",
     "squared_deviation",
+    "write_call",
 ]
-
-_TERMS: Mapping[str, Callable[..., BalanceLoss | ScoreBias]] = {**LOSSES, "score_bias": ScoreBias}
-
-BalanceSpec = Sequence[BalanceLoss | ScoreBias] | Mapping[str, Mapping[str, Any] | None]
-"""Terms, or their names with their options: ``{"squared_deviation": {"coefficient": 0.01}, "score_bias": {}}``."""
-
-
-def make_balance(spec: BalanceSpec) -> tuple[tuple[BalanceLoss, ...], ScoreBias | None]:
-    """Split what a user asked for into losses and, at most one, bias.
-
-    Raises:
-        ConfigError: an unknown name, an option a term does not have, two biases.
-    """
-    if isinstance(spec, Mapping):
-        spec = [_make_term(name, options) for name, options in spec.items()]
-    elif isinstance(spec, str) or not isinstance(spec, Sequence):
-        raise ConfigError(
-            f"balance={spec!r} must be a mapping of names to options, or a sequence of terms; () for none"
-        )
-    biases = [term for term in spec if isinstance(term, ScoreBias)]
-    losses = tuple(term for term in spec if not isinstance(term, ScoreBias))
-    if len(biases) > 1:
-        raise ConfigError(f"balance has {len(biases)} score biases; a layer has one bias, so name one rule for it")
-    for term in losses:
-        if isinstance(term, type) or not isinstance(term, BalanceLoss):
-            raise ConfigError(
-                f"balance={term!r} is neither a ScoreBias nor a loss (a coefficient and a call on a Routing)"
-            )
-    return losses, biases[0] if biases else None
-
-
-def _make_term(name: str, options: Mapping[str, Any] | None) -> BalanceLoss | ScoreBias:
-    if not isinstance(options, Mapping | None):
-        raise ConfigError(f"balance={name!r} has options {options!r}; they must be a mapping, or null for the defaults")
-    return make("balance", {**(options or {}), "name": name}, _TERMS)

@@ -2,15 +2,17 @@
 
 Activation checkpointing runs a layer's forward twice: once in the forward pass, and again inside the backward pass. The
 second run must replay the first one's decision, whatever it would decide itself, and must count nothing. It is
-recognised by running inside a backward pass; which call it repeats is clear where only one is open, and otherwise the
-open call whose decision agrees best.
+recognised by running inside a backward pass. Which call it repeats is known where the checkpoint was made with
+`moe.checkpoint_contexts` (see `moe.balance.tape`), clear where only one is open, and otherwise the open call whose
+decision agrees best; where that is doubtful, the recomputation says so.
 
-The balance loss reaches the router in one of two ways:
+The balance losses of a call are a vector of parts (see `moe.balance.balancer`), which reach the router in one of two
+ways:
 
-* Where the forward pass builds a graph (no checkpointing, or the non-reentrant kind), the loss is simply part of it.
-* Reentrant checkpointing runs the forward pass without a graph, so there the loss has a value only. Its gradient
-  arrives at ``collect``, waits in the call, and is handed to the loss that the recomputation builds. The engine runs
-  later nodes first, and ``collect`` comes after every layer, so it is there in time; if it is not, the recomputation
+* Where the forward pass builds a graph (no checkpointing, or the non-reentrant kind), the parts are simply in it.
+* Reentrant checkpointing runs the forward pass without a graph, so there the parts have values only. Their gradient
+  arrives after `take`, waits in the call, and is handed to the parts that the recomputation builds. The engine runs
+  later nodes first, and `take` comes after every layer, so it is there in time; if it is not, the recomputation
   says so.
 """
 
@@ -25,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe.balance.attach import Owed, collectable
 from moe.errors import RecomputationError
 
 _MAX_OPEN_CALLS = 256
@@ -39,7 +42,7 @@ _MIN_AGREEMENT = 0.5
 
 @final
 class Call:
-    """One forward call: its decision, and the gradient that its loss is owed."""
+    """One forward call: its decision, and the gradient that its losses are owed."""
 
     def __init__(
         self, chosen: Int[Tensor, "T K"], kept: Int[Tensor, "T K"], scores: Float[Tensor, "T E"], training: bool
@@ -51,25 +54,26 @@ class Call:
         self.chosen_scores = _scores_of(chosen, scores)
         """``(T, K)``, what the router thought of them; tells calls apart that chose alike."""
         self.training = training
-        self.collected = False
-        self.loss_gradient: Tensor | None = None
+        self.owed = Owed()
 
 
 @final
 @dataclass(frozen=True)
 class PendingLoss:
-    """The balance loss of one call, not yet added to the training loss."""
+    """The parts of the balance losses of one call, not yet added to the training loss."""
 
-    loss: Float[Tensor, ""]
+    parts: Float[Tensor, " P"]
     num_tokens: Int[Tensor, ""]
-    call: Call
+    tokens_per_expert: Int[Tensor, " E"] | None
+    """Where a loss is over more than one call."""
+    owed: Owed
     previous: "PendingLoss | None"
     """The one before it. A chain and not a list, whose length a compiled layer would be compiled for."""
 
 
 @final
 class CallLog:
-    """The calls of one layer that may still be recomputed, and their losses until ``collect``."""
+    """The calls of one layer that may still be recomputed, and their losses until ``take``."""
 
     def __init__(self) -> None:
         self._with_graph: weakref.WeakSet[Call] = weakref.WeakSet()
@@ -103,22 +107,34 @@ class CallLog:
                 f"checkpointing a graph is run backward twice or more than {_MAX_OPEN_CALLS} calls are waiting"
             )
         call = calls[0] if len(calls) == 1 else _best_match(calls, chosen, scores)
-        if torch.is_grad_enabled() and call in self._without_graph:
-            # From now on it lives as long as the graph that this recomputation builds: a region inside a region may be
-            # recomputed once more. (Without gradients, this is such a region's own first pass.)
-            self._without_graph.remove(call)
-            self._with_graph.add(call)
+        self.keep(call)
         return call
 
-    def open(self, call: Call, loss: Float[Tensor, ""] | None, num_tokens: Int[Tensor, ""]) -> None:
-        """Note a new call, and its loss if it has one."""
+    def keep(self, call: Call) -> None:
+        """Note that a recomputation has found its call, which from now on lives as long as the graph that it builds.
+
+        A region inside a region may be recomputed once more. (Without gradients, this is such a region's own first
+        pass.)
+        """
+        if torch.is_grad_enabled() and call in self._without_graph:
+            self._without_graph.remove(call)
+            self._with_graph.add(call)
+
+    def open(
+        self,
+        call: Call,
+        parts: Float[Tensor, " P"] | None,
+        num_tokens: Int[Tensor, ""],
+        tokens_per_expert: Int[Tensor, " E"] | None,
+    ) -> None:
+        """Note a new call, and what its losses are made of if it has any."""
         if torch.compiler.is_compiling():
             pass  # what is recomputed is the compiler's choice, and it would compile anew for each number of calls
         elif torch.is_grad_enabled():
             self._with_graph.add(call)
         else:
             self._without_graph.append(call)
-        if loss is None:
+        if parts is None:
             return
         if not torch.compiler.is_compiling() and len(self._take_pending(keep=True)) >= _MAX_PENDING:
             warnings.warn(
@@ -127,16 +143,11 @@ class CallLog:
                 stacklevel=5,  # past torch, to the line that called the layer
             )
             self._pending = None
-        self._pending = PendingLoss(loss, num_tokens, call, self._pending)
+        self._pending = PendingLoss(parts, num_tokens, tokens_per_expert, call.owed, self._pending)
 
-    def collect(self) -> Float[Tensor, ""] | None:
-        """The mean loss of the calls since the last time, weighted by their tokens; None where there was none."""
-        pending = self._take_pending()
-        if not pending:
-            return None
-        weights = torch.stack([p.num_tokens for p in pending]).to(pending[0].loss.dtype)
-        losses = torch.stack([_collect(p) for p in pending])
-        return (losses * weights).sum() / weights.sum().clamp(min=1)
+    def take(self) -> list[tuple[Float[Tensor, " P"], PendingLoss]]:
+        """The calls since the last time, oldest first: parts that carry gradients, and what they were made of."""
+        return [(collectable(pending.parts, pending.owed), pending) for pending in self._take_pending()]
 
     def end_step(self) -> int:
         """Forget the calls without a graph, whose backward pass is over; returns how many losses nobody collected."""
@@ -162,77 +173,34 @@ class CallLog:
         return CallLog, ()
 
 
-def in_backward() -> bool:
-    """Whether a backward pass is running, in which case a forward call is a recomputation."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def attach(y: Float[Tensor, "*batch D"], loss: Float[Tensor, ""] | None, call: Call) -> Float[Tensor, "*batch D"]:
-    """``y``, made to keep ``call`` alive with its graph and, in a recomputation, to hand ``loss`` its gradient."""
-    attached: Tensor = _Attach.apply(y, loss, call)
-    return attached
-
-
 def _best_match(calls: Sequence[Call], chosen: Int[Tensor, "T K"], scores: Float[Tensor, "T E"]) -> Call:
     """The call that decided most alike, and of those the one whose scores are nearest; waits for the device."""
     agreement = torch.stack([(call.chosen == chosen).double().mean() for call in calls])
     distance = torch.stack([(_scores_of(call.chosen, scores) - call.chosen_scores).abs().mean() for call in calls])
-    order = list(zip(agreement.tolist(), (-distance).tolist()))
-    best = max(range(len(calls)), key=order.__getitem__)
-    if order[best][0] < _MIN_AGREEMENT:
+    found = list(zip(agreement.tolist(), distance.tolist()))
+    order = sorted(range(len(calls)), key=lambda place: (-found[place][0], found[place][1]))
+    best = order[0]
+    agrees, away = found[best]
+    advice = (
+        "use torch.utils.checkpoint with use_reentrant=False and context_fn=moe.checkpoint_contexts, "
+        "or run backward after each forward"
+    )
+    if agrees < _MIN_AGREEMENT:
         raise RecomputationError(
             f"a backward pass recomputes one of {len(calls)} open calls of this layer, but its decisions agree with "
-            f"none of them (best: {order[best][0]:.0%} of the assignments); use torch.utils.checkpoint with "
-            "preserve_rng_state=True, or run backward after each forward"
+            f"none of them (best: {agrees:.0%} of the assignments); keep preserve_rng_state=True, or {advice}"
         )
+    for place in order[1:]:
+        also_agrees, also_away = found[place]
+        if agrees - also_agrees > 1 - agrees or also_away > 2 * away:
+            continue
+        if not torch.equal(calls[place].chosen, calls[best].chosen):
+            raise RecomputationError(
+                f"a backward pass recomputes one of {len(calls)} open calls of this layer, and two that decided "
+                f"otherwise are as near ({agrees:.1%} and {also_agrees:.1%} of the assignments agree): {advice}"
+            )
     return calls[best]
 
 
 def _scores_of(chosen: Int[Tensor, "T K"], scores: Float[Tensor, "T E"]) -> Float[Tensor, "T K"]:
     return scores.detach().gather(1, chosen.clamp(min=0).long())
-
-
-def _collect(pending: PendingLoss) -> Float[Tensor, ""]:
-    if pending.loss.requires_grad:
-        return pending.loss
-    pending.call.collected = True
-    anchor = torch.zeros_like(pending.loss, requires_grad=True)
-    collected: Tensor = _Collect.apply(anchor, pending.loss, pending.call)
-    return collected
-
-
-class _Collect(torch.autograd.Function):
-    """The value of a loss that was computed without a graph; leaves its gradient in the call."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, loss: Tensor, call: Call) -> Tensor:
-        ctx.call = call
-        return anchor + loss
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.call.loss_gradient = gradient
-        return gradient, None, None
-
-
-class _Attach(torch.autograd.Function):
-    """Identity on ``y``; gives ``loss`` the gradient that waits in the call."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, _loss: Tensor | None, call: Call) -> Tensor:
-        ctx.call = call
-        ctx.recomputed = in_backward()
-        ctx.mark_dirty(y)  # y itself and not a view of it, which nobody could change in place
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        call: Call = ctx.call
-        if not (ctx.recomputed and call.collected):
-            return gradient, None, None
-        if call.loss_gradient is None:
-            raise RecomputationError(
-                "the balance loss of a layer under reentrant checkpointing has no gradient yet: call backward() once, "
-                "on the sum of the training loss and moe.balance_loss(model), or checkpoint with use_reentrant=False"
-            )
-        return gradient, call.loss_gradient, None

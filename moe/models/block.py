@@ -4,7 +4,7 @@ from enum import StrEnum
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -56,6 +56,7 @@ class Block(nn.Module):
         mask: Bool[Tensor, "#B 1 S length"] | None = None,
         token_mask: Bool[Tensor, "B S"] | None = None,
         cache: LayerCache | None = None,
+        token_ids: Int[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "B part D"]:
         """Add both branches to the residual stream; arguments as `Attention` and `moe.MoE` take them.
 
@@ -63,7 +64,7 @@ class Block(nn.Module):
         """
         x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
         normed = self.ffn_norm(x)
-        return x + (self.ffn(normed, token_mask) if isinstance(self.ffn, MoE) else self.ffn(normed))
+        return x + (self.ffn(normed, token_mask, token_ids) if isinstance(self.ffn, MoE) else self.ffn(normed))
 
 
 def run_block(block: nn.Module, checkpointing: ActivationCheckpointing, *args: Any) -> Float[Tensor, "B part D"]:

@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         mask = attention_mask(tokens.shape[1], num_past, token_mask, tokens.device)
         for layer, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[layer]
-            x = run_block(block, self.activation_checkpointing, x, cos, sin, mask, token_mask, layer_cache)
+            x = run_block(block, self.activation_checkpointing, x, cos, sin, mask, token_mask, layer_cache, tokens)
         weight = self.embedding.weight if self.head is None else self.head.weight
         logits = F.linear(self.norm(x), weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

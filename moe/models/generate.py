@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe.errors import ConfigError, DtypeError, ShapeError
+from moe.layer import moe_layers
 from moe.models.cache import KVCache
 from moe.models.decoder import Decoder
 
@@ -44,7 +45,7 @@ def generate(
         ``(B, S + n)`` like ``prompt``, which it starts with; n is ``max_new_tokens``, or fewer where all have ended.
 
     Raises:
-        ConfigError: ``temperature`` is negative, ``top_p`` outside (0, 1], ``max_new_tokens`` negative, or
+        ConfigError: a router looks at later tokens (expert choice), ``temperature`` is negative, ``top_p`` outside (0, 1], ``max_new_tokens`` negative, or
             ``eos_id`` or a token of the prompt outside the vocabulary.
         ShapeError: the prompt is empty, or with the new tokens longer than ``max_seq_len``.
         DtypeError: the prompt is not int32 or int64.
@@ -116,6 +117,12 @@ def check_request(
 ) -> None:
     """Raise what `generate` documents unless its arguments are in their ranges."""
     config = model.config
+    for name, layer in moe_layers(model):
+        if not layer.router.is_causal:
+            raise ConfigError(
+                f"layer {name!r} has router={type(layer.router).__name__}, under which a token's experts depend on "
+                "later tokens; a model that generates needs a router that decides for each token alone"
+            )
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature={temperature} must be 0 or positive, and finite")
     if not 0 < top_p <= 1:

@@ -45,6 +45,7 @@ def init_block(block: Block, num_layers: int) -> None:
     dense: FeedForward | None
     if isinstance(block.ffn, MoE):
         block.ffn.router.reset_parameters()
+        block.ffn.balancer.reset_parameters()
         block.ffn.experts.reset_parameters()
         readers.append(block.ffn.experts.up_weight)
         writers.append(block.ffn.experts.down_weight)

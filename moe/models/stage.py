@@ -52,13 +52,14 @@ class DecoderStage(nn.Module):
         Returns:
             ``(B, S, D)``, or of the last stage logits ``(B, S, V)``, float32 at least.
         """
+        ids = None
         if self.embedding is not None:
-            x = self.embedding(x)
+            x, ids = self.embedding(x), x
         positions = torch.arange(x.shape[1], device=x.device)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         mask = attention_mask(x.shape[1], 0, token_mask, x.device)
         for block in self.blocks.values():
-            x = run_block(block, self.activation_checkpointing, x, cos, sin, mask, token_mask)
+            x = run_block(block, self.activation_checkpointing, x, cos, sin, mask, token_mask, None, ids)
         if self.norm is None or self.head is None:
             return x
         logits = F.linear(self.norm(x), self.head.weight)

@@ -16,7 +16,7 @@ from moe.parallel.data_parallel import outermost_blocks, shard_data_parallel
 from moe.parallel.dispatcher import ExpertParallel, even_bounds
 from moe.parallel.experts import Shard, shard_experts
 from moe.parallel.hierarchical import Hierarchical
-from moe.parallel.loads import PoolLoads
+from moe.parallel.loads import PoolCounts
 from moe.parallel.mesh import ParallelMesh
 from moe.parallel.norm import clip, copies_of, total_norm
 from moe.parallel.replicas import SharedTokens
@@ -107,7 +107,7 @@ def parallelize(
     divided = divide_dense(model, mesh, tp_plan)
     shards = {name: divided.get(name) or Shard.whole(parameter) for name, parameter in model.named_parameters()}
     layers = dict(moe_layers(model))
-    pool = PoolLoads(mesh.data) if mesh.degrees.dp > 1 else None
+    pool = PoolCounts(mesh.data) if mesh.degrees.dp > 1 else None
     experts: list[nn.Parameter] = []
     for name, layer in layers.items():
         prefix = f"{name}.experts." if name else "experts."
@@ -116,7 +116,7 @@ def parallelize(
         shards |= {prefix + key: shard for key, shard in cut.items()}
         experts += list(layer.experts.parameters())
         layer.dispatcher = make_dispatcher(layer, mesh, chunks, max_received_tokens)
-        layer.pool_loads = pool
+        layer.pool_counts = pool
     found = outermost_blocks(model) if blocks is None else blocks
     shard_data_parallel(model, experts, mesh, found, mixed_precision or MixedPrecisionPolicy())
     return Parallel((model,), mesh, shards)

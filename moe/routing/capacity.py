@@ -16,7 +16,9 @@ from moe.types import Routing
 _NOISE = 1e-6
 
 
-def limit_capacity(routing: Routing, capacity_factor: float, policy: DropPolicy) -> Routing:
+def limit_capacity(
+    routing: Routing, capacity_factor: float, policy: DropPolicy, top_k: int | None = None
+) -> Routing:
     """Drop what an expert gets beyond ``ceil(capacity_factor * tokens * K / E)`` assignments.
 
     ``tokens`` are the unmasked ones. Weights of what is kept stay as they were: a token that lost an expert is scaled
@@ -26,6 +28,7 @@ def limit_capacity(routing: Routing, capacity_factor: float, policy: DropPolicy)
         routing: the decision of the router.
         capacity_factor: capacity over an even share; 1.0 leaves no slack.
         policy: which assignments stay, see ``DropPolicy``.
+        top_k: K, where the decision has another number of slots than that.
 
     Returns:
         The same decision with the dropped assignments set to -1.
@@ -33,8 +36,8 @@ def limit_capacity(routing: Routing, capacity_factor: float, policy: DropPolicy)
     Source: GShard (arXiv 2006.16668, section 2.2) and Switch Transformer (arXiv 2101.03961, equation 3) for the
     capacity.
     """
-    num_tokens, top_k = routing.expert_ids.shape
-    share = capacity_factor * top_k / routing.num_experts
+    num_tokens, num_slots = routing.expert_ids.shape
+    share = capacity_factor * (num_slots if top_k is None else top_k) / routing.num_experts
     # 0.1 * 3 / 3 * 10 is a little above 1 in binary; such noise must not buy a place.
     capacity: float | Tensor = math.ceil(num_tokens * share - _NOISE)
     if routing.token_mask is not None:

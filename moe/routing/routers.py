@@ -1,87 +1,30 @@
-"""The routers: siblings that differ in how a logit becomes a score."""
+"""The routers by name."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, final
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from moe.errors import ConfigError
-from moe.kernels.route import ScoreFunction
+from moe.routing.balanced import BalancedAssignmentRouter
+from moe.routing.expert_choice import ExpertChoiceRouter
+from moe.routing.hashed import HashRouter
+from moe.routing.noisy import NoisyTopKRouter
+from moe.routing.relu import ReluRouter
 from moe.routing.router import Router
-
-
-@final
-class SoftmaxRouter(Router):
-    """Softmax over all experts, then top-k.
-
-    With ``normalize`` the weights are those of top-k first and softmax over the kept logits after it: both are
-    ``exp(logit)`` over the sum of the kept ones'.
-
-    Source: Shazeer et al. 2017 (arXiv 1701.06538) without its noise; Mixtral (arXiv 2401.04088) with ``normalize``,
-    DeepSeekMoE (arXiv 2401.06066, equations 3-5) without.
-    """
-
-    score_function = ScoreFunction.SOFTMAX
-
-    def score(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-        """Softmax over experts."""
-        return self.score_function.of(logits)
-
-
-@final
-class SigmoidRouter(Router):
-    """An independent sigmoid for each expert, then top-k.
-
-    Source: DeepSeek-V3 (arXiv 2412.19437, equations 13-15), which normalises over the kept experts.
-    """
-
-    score_function = ScoreFunction.SIGMOID
-
-    def score(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-        """Sigmoid of each logit."""
-        return self.score_function.of(logits)
-
-
-@final
-class SwitchRouter(Router):
-    """Softmax, then argmax: one expert a token, weighted by its probability.
-
-    Source: Switch Transformer (Fedus et al. 2021, arXiv 2101.03961, equations 1-2). Selection is the argmax of the
-    probabilities, the first of equals, as that paper has it.
-    """
-
-    score_function = ScoreFunction.SOFTMAX
-    selects_by_score = True
-
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        top_k: int = 1,
-        *,
-        scale: float = 1.0,
-        score_bias: bool = False,
-        batch_invariant: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if top_k != 1:
-            raise ConfigError(f"the router 'switch' sends each token to one expert, but top_k={top_k}; set top_k=1")
-        options: dict[str, Any] = {"scale": scale, "score_bias": score_bias, "batch_invariant": batch_invariant}
-        super().__init__(dim, num_experts, top_k, **options, device=device, dtype=dtype)
-
-    def score(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-        """Softmax over experts."""
-        return self.score_function.of(logits)
-
+from moe.routing.scores import SigmoidRouter, SoftmaxRouter, SqrtSoftplusRouter, SwitchRouter
+from moe.routing.sinkhorn import SinkhornRouter
+from moe.routing.threshold import ThresholdRouter
 
 ROUTERS: dict[str, Callable[..., Router]] = {
     "softmax": SoftmaxRouter,
     "top_k_softmax": partial(SoftmaxRouter, normalize=True),
     "sigmoid": SigmoidRouter,
+    "sqrt_softplus": SqrtSoftplusRouter,
     "switch": SwitchRouter,
+    "noisy_top_k": NoisyTopKRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "sinkhorn": SinkhornRouter,
+    "base": BalancedAssignmentRouter,
+    "hash": HashRouter,
+    "relu": ReluRouter,
+    "threshold": ThresholdRouter,
 }
 """Routers by the name that ``moe.MoE(router=...)`` takes; ``top_k_softmax`` is the softmax after the top-k."""

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Integer
 
 from moe.layer import take_evaluation_load
+from moe.monitor import LoadStats
 from moe.training.data import Batch, target_bytes
 from moe.training.runner import Runner
 
@@ -28,6 +29,9 @@ class Evaluation:
 
     max_vio: dict[str, float]
     """MaxVio of each MoE layer over the whole validation, in evaluation mode."""
+
+    loads: dict[str, LoadStats]
+    """The load that it is the MaxVio of, on the device; of a pipeline, that of the layers in this process."""
 
 
 @torch.no_grad()
@@ -63,4 +67,4 @@ def evaluate(
         part.train(mode)
     counts = torch.tensor([num_tokens, num_bytes], dtype=torch.float64, device=device)
     loss, tokens, text = runner.total(torch.cat([total[None], counts])).tolist()
-    return Evaluation(loss / tokens, loss / math.log(2) / max(text, 1), max_vio)
+    return Evaluation(loss / tokens, loss / math.log(2) / max(text, 1), max_vio, loads)

@@ -22,7 +22,7 @@ from moe.training.report import RunSummary, write_report
 from moe.training.run_folder import RunFolder
 from moe.training.schedule import Schedule
 from moe.training.spread import check_split, sample_together, spread
-from moe.training.trainer import Outcome, Trainer
+from moe.training.trainer import OnStep, Outcome, Trainer
 
 _PACKAGES = ("moe-torch", "torch", "numpy")
 """Whose versions a report names."""
@@ -45,11 +45,12 @@ class Run:
     """Whether this process is the one of the run's that prints."""
 
 
-def launch(settings: Settings) -> Run:
+def launch(settings: Settings, *, on_step: OnStep | None = None) -> Run:
     """Train a decoder language model as the settings say, and write its report.
 
     Args:
         settings: plain data, as Hydra composes it from examples/conf.
+        on_step: see `moe.training.trainer.Trainer`.
 
     Raises:
         ConfigError, DataError: a setting is out of range, or the text cannot be used; before anything is written.
@@ -59,10 +60,12 @@ def launch(settings: Settings) -> Run:
     options = _options(settings)
     with processes(options.device, _parallel(settings).timeout) as (ranks, device):
         ranks.require_same(flatten(settings))
-        return _launch(settings, options, ranks, device)
+        return _launch(settings, options, ranks, device, on_step)
 
 
-def _launch(settings: Settings, options: RunOptions, ranks: Ranks, device: torch.device) -> Run:
+def _launch(
+    settings: Settings, options: RunOptions, ranks: Ranks, device: torch.device, on_step: OnStep | None
+) -> Run:
     """In each of the run's processes, which have the same settings."""
     config, parallel, optim = _train_config(settings), _parallel(settings), settings["optim"]
     schedule = construct("optim", Schedule, {"total_steps": config.steps, "peak": optim["peak"], **optim["schedule"]})
@@ -87,7 +90,7 @@ def _launch(settings: Settings, options: RunOptions, ranks: Ranks, device: torch
     del decoder  # of a pipeline each process keeps its stages only
     optimizer = optimizer_of(runner)
     folder = ranks.first(lambda: _open(settings, options))
-    trainer = Trainer(model, optimizer, schedule, data, config, folder, runner=runner)
+    trainer = Trainer(model, optimizer, schedule, data, config, folder, runner=runner, on_step=on_step)
     if settings["resume"] == "auto":
         trainer.resume()
     if ranks.is_first:
@@ -166,7 +169,9 @@ def make_model(settings: Settings, vocab_size: int, seq_len: int) -> Decoder:
 
 
 def sample(model: Decoder, data: PreparedData, prompt: Sequence[int], num_tokens: int) -> str:
-    """What the model writes after a prompt, always the same for the same model."""
+    """What the model writes after a prompt, always the same for the same model; asked for no tokens, nothing."""
+    if num_tokens == 0:
+        return ""
     device = next(model.parameters()).device
     tokens = torch.tensor([prompt], device=device)
     generator = torch.Generator(device=device).manual_seed(0)

@@ -234,16 +234,22 @@ def sample_together(runner: Runner, write: Callable[[Decoder], str]) -> str:
     if not isinstance(model, Decoder):
         return "[no sample: a model in pipeline stages cannot generate]"
     if not isinstance(runner, ManyDevices):
-        return write(model)
+        return _sample_or_reason(model, write)
 
     def same(_module: nn.Module, _args: Any, logits: Tensor) -> Tensor:
         return runner.ranks.same(logits.contiguous())  # rounding may differ, and with it the length of the text
 
     hook = model.register_forward_hook(same)
     try:
-        return write(model)
-    except MoEError as error:
-        return f"[no sample: {error}]"
+        return _sample_or_reason(model, write)
     finally:
         hook.remove()
         reshard(runner.parallel)
+
+
+def _sample_or_reason(model: Decoder, write: Callable[[Decoder], str]) -> str:
+    """A text; of a model that cannot generate, as with a router that looks at later tokens, why there is none."""
+    try:
+        return write(model)
+    except MoEError as error:
+        return f"[no sample: {error}]"

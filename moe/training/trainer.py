@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
@@ -26,6 +26,11 @@ from moe.training.run_folder import RunFolder
 from moe.training.runner import OneDevice, Runner
 from moe.training.schedule import Schedule
 
+OnStep = Callable[[int, Mapping[str, LoadStats]], None]
+"""Sees how many steps are done and the load of each layer in the last one, as ``moe.balance_step`` returns it: tensors on
+the device, over all processes that see other tokens; of a pipeline, of the layers in this process. A step that was
+skipped because it was not finite is seen too."""
+
 
 @final
 class Trainer:
@@ -39,6 +44,7 @@ class Trainer:
         config: how long and how often.
         folder: where metrics and checkpoints go.
         runner: how the model runs where it is spread over many devices; None for one.
+        on_step: called after each step; should not wait for the device.
         clock: seconds from any origin.
     """
 
@@ -52,6 +58,7 @@ class Trainer:
         folder: RunFolder,
         *,
         runner: Runner | None = None,
+        on_step: OnStep | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
@@ -64,7 +71,7 @@ class Trainer:
         self.pool = LoadPool(config.pool_steps)
         self.step = 0
         self.skipped = self.skipped_in_a_row = 0
-        self._clock = clock
+        self._on_step, self._clock = on_step, clock
         self._seconds_before, self._started = 0.0, clock()
         self._tokens = 0
         self._evaluation: Evaluation | None = None
@@ -191,6 +198,8 @@ class Trainer:
             self.skipped_in_a_row = 0
         else:
             self._skip(metrics)
+        if self._on_step is not None:
+            self._on_step(self.step, loads)
         line: dict[str, Any] = {}
         last = self.step == self.config.steps
         if last or self.step % self.config.log_every == 0:

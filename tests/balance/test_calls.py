@@ -238,8 +238,8 @@ def test_a_recomputation_in_evaluation_takes_no_call_of_training():
 class NoisyRouter(SoftmaxRouter):
     """Selects with noise, so that it draws random numbers."""
 
-    def select(self, logits, scores):
-        return super().select(logits + torch.randn_like(logits), scores)
+    def select(self, logits, scores, tokens):
+        return super().select(logits + torch.randn_like(logits), scores, tokens)
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTED)

@@ -14,6 +14,7 @@ from moe.kernels.experts import triton_activation as activation
 from moe.kernels.experts import triton_backend as experts
 from moe.kernels.gather import triton_backend as gather
 from moe.kernels.grouped_mm import triton_backend as products
+from moe.kernels.margins import triton_backend as margins
 from moe.kernels.plan import triton_backend as plan
 from moe.kernels.route import triton_backend as router
 from moe.kernels.route.logits import triton_backend as logits
@@ -132,9 +133,15 @@ def experts_backward() -> None:
 
 def route() -> None:
     scores = empty(TOKENS, EXPERTS, dtype=torch.float32)
-    ids, weights, _ = router.route(scores, None, None, TOP_K, "softmax", False, True, 1.0, 1, 1)
-    router.weigh(scores, ids, "softmax", True, 1.0)
-    router.route_backward(weights, scores, scores, ids, "softmax", True, 1.0)
+    for score_function in ("softmax", "sqrt_softplus"):  # sigmoid has fewer numbers to keep than either
+        ids, weights, _ = router.route(scores, None, None, TOP_K, score_function, False, True, 1.0, 1, 1)
+        router.weigh(scores, ids, score_function, True, 1.0)
+        router.route_backward(weights, scores, scores, ids, score_function, True, 1.0)
+
+
+def count_margins() -> None:
+    scores, bias = empty(TOKENS, EXPERTS, dtype=torch.float32), empty(EXPERTS, dtype=torch.float32)
+    margins.count_margins(scores, integers(TOKENS, TOP_K), bias, empty(TOKENS, dtype=torch.bool))
 
 
 def router_logits() -> None:
@@ -162,6 +169,7 @@ CASES: dict[str, Callable[[], None]] = {
     "experts backward": experts_backward,
     "router": route,
     "router logits": router_logits,
+    "margins": count_margins,
 }
 
 # The same kernels with tiles that the standard shape does not choose.

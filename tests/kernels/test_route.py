@@ -1,5 +1,7 @@
 """Routing on the CPU: the documented examples, the definition, gradients in float64, and the argument checks."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe.errors import ConfigError, DtypeError, ShapeError
-from moe.kernels.route import choose, route, weigh, weights_of
+from moe.kernels.route import ScoreFunction, choose, route, weigh, weights_of
 from moe.kernels.route.logits import router_logits
 from moe.kernels.route.reference import CHUNK_KEYS, best_columns, search_best_columns
 from tests.routing.oracle import Case, naive_ids, naive_weights
@@ -36,7 +38,7 @@ def cases(draw: st.DrawFn) -> Case:
         tokens=draw(st.integers(0, 12)),
         experts=num_groups * size,
         top_k=draw(st.integers(1, top_groups * size)),
-        score_function=draw(st.sampled_from(["softmax", "sigmoid"])),
+        score_function=draw(st.sampled_from(list(ScoreFunction))),
         groups=(num_groups, top_groups) if num_groups > 1 else None,
         scale=draw(st.sampled_from([1.0, 2.5])),
         **{name: draw(st.booleans()) for name in ("normalize", "bias", "by_score", "masked", "ties")},
@@ -66,7 +68,7 @@ def test_what_can_be_traced_chooses_alike(case: Case) -> None:
     assert chosen.tolist() == naive_ids(case, logits, scores, bias)
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", list(ScoreFunction))
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("parts", [slice(1, 2), slice(2, 3), slice(1, 3)], ids=["weights", "scores", "both"])
 def test_gradients_in_float64(score_function: str, normalize: bool, parts: slice) -> None:
@@ -133,7 +135,7 @@ def test_poisoned_tokens_get_distinct_experts_and_disturb_no_other() -> None:
         assert torch.equal(weights[row], clean[1][row])
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", list(ScoreFunction))
 @pytest.mark.parametrize(("experts", "top_k"), [(5, 2), (24, 3), (100, 40)])
 def test_a_token_is_routed_to_the_same_bits_in_every_batch(score_function: str, experts: int, top_k: int) -> None:
     logits, bias = torch.randn(150, experts), torch.randn(experts)
@@ -272,6 +274,19 @@ def test_saturated_sigmoids_are_told_apart_by_their_logits_unless_scores_are_ask
     logits = torch.tensor([[20.0, 30.0]])
     assert route(logits, 1, score_function="sigmoid")[0].item() == 1
     assert route(logits, 1, score_function="sigmoid", by_score=True)[0].item() == 0
+
+
+def test_the_root_of_softplus_at_extreme_logits() -> None:
+    leaf = torch.tensor([[-float("inf"), -200.0, -60.0, -1e-6, 60.0, 3e38, float("nan")]], requires_grad=True)
+    exact = torch.tensor([[0.0, 0.0, math.exp(-30), math.log(2) ** 0.5, 60**0.5, 3e38**0.5, float("nan")]])
+    slope = torch.tensor([[0.0, 0.0, math.exp(-30) / 2, 0.25 / math.log(2) ** 0.5, 0.5 / 60**0.5, 0.0, float("nan")]])
+    for scores in (
+        weigh(leaf, leaf.argsort().int(), score_function="sqrt_softplus")[1],
+        ScoreFunction.SQRT_SOFTPLUS.of(leaf),
+    ):
+        torch.testing.assert_close(scores.detach(), exact, rtol=2e-6, atol=0, equal_nan=True)
+        grad = torch.autograd.grad(scores, leaf, torch.ones_like(leaf))[0]
+        torch.testing.assert_close(grad, slope, rtol=2e-6, atol=1e-19, equal_nan=True)
 
 
 def test_a_sum_below_the_floor_has_the_gradient_of_the_floor() -> None:

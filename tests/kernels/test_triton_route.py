@@ -23,9 +23,12 @@ CASES = [
     Case(9, 128, 8),
     Case(5, 1024, 64, "sigmoid", bias=True),
     Case(5, 1024, 64, masked=True),
+    Case(33, 33, 8, "sqrt_softplus", normalize=False, masked=True),
+    Case(9, 128, 8, "sqrt_softplus", bias=True),
     Case(5, 1, 1, normalize=False),
     Case(20, 12, 3, ties=True),
     Case(20, 12, 3, "sigmoid", ties=True, bias=True, groups=(3, 2)),
+    Case(20, 12, 3, "sqrt_softplus", ties=True, bias=True, groups=(3, 2)),
     Case(20, 20, 4, ties=True, groups=(5, 2)),
     Case(20, 6, 2, groups=(6, 3), masked=True),  # groups of one expert
     Case(20, 8, 1, normalize=False, by_score=True, ties=True),
@@ -80,13 +83,23 @@ def test_gradients_are_those_of_the_definition(case: Case, of: str) -> None:
     assert torch.equal(same, grad)
 
 
-def test_agrees_with_the_reference_on_every_kind_of_float() -> None:
-    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, -1e-45, 1e38, -1.0])
+@pytest.mark.parametrize("score_function", ["sigmoid", "sqrt_softplus"])
+def test_agrees_with_the_reference_on_every_kind_of_float(score_function: str) -> None:
+    special = torch.tensor(
+        [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, -1e-45, 1e38, -1.0, -3e-6, -9.0]
+    )
     generator = torch.Generator().manual_seed(0)
     logits = special[torch.randint(0, len(special), (40, 11), generator=generator)]
     for top_k in (3, 11):
-        ids = route(logits.cuda(), top_k, score_function="sigmoid")[0]
-        assert torch.equal(ids.cpu(), route(logits, top_k, score_function="sigmoid")[0])
+        leaves = logits.cuda().requires_grad_(), logits.clone().requires_grad_()
+        (ids, _, scores), expected = (route(leaf, top_k, score_function=score_function) for leaf in leaves)
+        assert torch.equal(ids.cpu(), expected[0])
+        grads = [
+            torch.autograd.grad(part, leaf, torch.ones_like(part))[0]
+            for part, leaf in zip((scores, expected[2]), leaves)
+        ]
+        for found, reference in ((scores, expected[2]), grads):
+            torch.testing.assert_close(found.cpu(), reference, rtol=1e-6, atol=1e-37, equal_nan=True)
 
 
 def test_nothing_but_padding() -> None:

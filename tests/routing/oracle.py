@@ -85,6 +85,8 @@ def naive_weights(case: Case, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tens
     scores = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
     if case.score_function == "sigmoid":
         scores = 1 / (1 + torch.exp(-logits))
+    elif case.score_function == "sqrt_softplus":
+        scores = torch.log(1 + torch.exp(logits)).sqrt()
     chooses = (ids[:, :, None] == torch.arange(case.experts)).to(logits.dtype)
     weights = torch.einsum("tke,te->tk", chooses, scores)
     if case.normalize:

@@ -3,6 +3,8 @@
 The oracles are written from the definitions alone: loops over (expert, token, choice) and dense 0/1 matrices.
 """
 
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -21,6 +23,32 @@ TOLERANCE = {
     torch.float16: {"rtol": 2**-10, "atol": 2e-5},
     torch.bfloat16: {"rtol": 2**-8, "atol": 2e-5},
 }
+
+
+MARGIN_EDGES = [0.0, *(2.0**exponent * (1 + eighth / 8) for exponent in range(-20, 4) for eighth in range(8))]
+"""Where the bins of margins from 0 on begin; those below 0 mirror them."""
+
+
+def naive_bin(margin: float) -> int:
+    size = bisect_right(MARGIN_EDGES, abs(margin)) - 1
+    return len(MARGIN_EDGES) + (size if margin >= 0 else -1 - size)
+
+
+def naive_margin_counts(scores: Tensor, expert_ids: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """``(E, bins)`` from the definition, by a loop over tokens and experts."""
+    counts = torch.zeros(scores.shape[1], 2 * len(MARGIN_EDGES), dtype=torch.int32)
+    for token in range(scores.shape[0]):
+        biased = scores[token].float() + bias
+        chosen = {expert for expert in expert_ids[token].tolist() if expert >= 0}
+        best, of_chosen = (
+            max((value for e, value in enumerate(biased.tolist()) if (e in chosen) == wanted), default=-math.inf)
+            for wanted in (False, True)
+        )
+        unmasked = mask is None or bool(mask[token])
+        if unmasked and not biased.isnan().any() and abs(best) < math.inf and of_chosen > -math.inf:
+            for expert, margin in enumerate((best - biased).tolist()):
+                counts[expert, naive_bin(margin)] += 1
+    return counts
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.balance.calls import in_backward
+from moe.balance import in_backward
 from moe.dispatch import Dispatcher
 from moe.experts import GroupedExperts
 from moe.parallel.dispatcher import ExpertParallel, even_bounds

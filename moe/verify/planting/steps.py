@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.balance import ScoreBias
-from moe.monitor import LoadStats
+from moe.balance import ScoreBias, StepCounts
 from moe.parallel import norm
 from moe.parallel.dispatcher import ExpertParallel
-from moe.parallel.loads import PoolLoads
+from moe.parallel.loads import PoolCounts
 from moe.parallel.parallelize import Parallel
 from moe.verify.planting import PARALLELIZE, Fire, Patch
 
@@ -77,11 +76,11 @@ def bias_twice(fire: Fire) -> list[Patch]:
     """The rule's step, and again."""
     original = ScoreBias.updated
 
-    def updated(self: ScoreBias, bias: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        once = original(self, bias, tokens_per_expert)
+    def updated(self: ScoreBias, bias: Tensor, state: Tensor, counts: StepCounts) -> tuple[Tensor, Tensor]:
+        once, state = original(self, bias, state, counts)
         if not torch.equal(once, bias):
             fire()
-        return original(self, once, tokens_per_expert)
+        return original(self, once, state, counts)
 
     return [(ScoreBias, "updated", updated)]
 
@@ -89,20 +88,20 @@ def bias_twice(fire: Fire) -> list[Patch]:
 def local_counts(fire: Fire) -> list[Patch]:
     """Each rank keeps its own."""
 
-    def pool(self: PoolLoads, loads: Sequence[LoadStats]) -> list[LoadStats]:
+    def pool(self: PoolCounts, counts: Sequence[Tensor]) -> list[Tensor]:
         del self
         fire()
-        return list(loads)
+        return list(counts)
 
-    return [(PoolLoads, "__call__", pool)]
+    return [(PoolCounts, "__call__", pool)]
 
 
 def double_counts(fire: Fire) -> list[Patch]:
     """Twice the sum over data ranks."""
-    original = PoolLoads.__call__
+    original = PoolCounts.__call__
 
-    def pool(self: PoolLoads, loads: Sequence[LoadStats]) -> list[LoadStats]:
+    def pool(self: PoolCounts, counts: Sequence[Tensor]) -> list[Tensor]:
         fire()
-        return [load + load for load in original(self, loads)]
+        return [2 * each for each in original(self, counts)]
 
-    return [(PoolLoads, "__call__", pool)]
+    return [(PoolCounts, "__call__", pool)]

@@ -1,0 +1,198 @@
+"""What balances one layer: its losses and its bias rule, with the state that they keep between steps.
+
+The losses of a call are computed in two parts, since those over a whole step need what other calls and other devices
+counted. In the forward pass `Balancer.parts` makes a vector: first the sum of all losses that concern the call alone,
+then, where a loss is over the step, each expert's probability summed over the call's tokens. `Balancer.total` makes a
+scalar of such vectors when the loss is asked for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe.balance.calls import PendingLoss
+from moe.balance.shares import ShareLoss, Scope, probability_sum
+from moe.balance.step_counts import StepCounts
+from moe.balance.terms import Terms
+from moe.buffers import Float32Buffers
+from moe.kernels.margins import BINS, count_margins
+from moe.types import Routing
+
+
+@final
+@dataclass(frozen=True)
+class StepLoad:
+    """What a loss over a whole step needs to know of it.
+
+    Attributes:
+        tokens_per_expert: ``(E,)`` int64, of the step as far as it is known, over all devices.
+        tokens: int64; those whose probabilities are in the mean.
+        share: into so many parts the mean over these tokens is split, each of which the caller averages again: devices
+            with other data, times losses of one step.
+    """
+
+    tokens_per_expert: Int[Tensor, " E"]
+    tokens: Int[Tensor, ""]
+    share: float
+
+
+@final
+class Balancer(Float32Buffers):
+    """The losses and the bias rule of a layer.
+
+    Args:
+        terms: what a user asked for.
+        num_experts: E, null experts included.
+        num_null_experts: how many of them are null.
+        top_k: K.
+        device: of the state.
+
+    Raises:
+        ConfigError: a term does not fit these sizes.
+    """
+
+    def __init__(
+        self,
+        terms: Terms,
+        num_experts: int,
+        num_null_experts: int,
+        top_k: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for term in terms.all:
+            if hasattr(term, "check"):
+                term.check(num_experts, num_null_experts, top_k)
+        self.terms, self.num_experts, self.top_k = terms, num_experts, top_k
+        self.step_losses = [loss for loss in terms.losses if isinstance(loss, ShareLoss) and loss.scope == Scope.GLOBAL]
+        self.call_losses = [loss for loss in terms.losses if loss not in self.step_losses]
+        rows = terms.bias_rule.state_rows if terms.bias_rule else 0
+        self.register_buffer("bias_state", torch.zeros(rows, num_experts, device=device) if rows else None)
+        for name, loss in terms.adaptive.items():
+            self.register_buffer(f"{name}_state", torch.empty(loss.initial_state().shape, device=device))
+        self.reset_parameters()
+        self.margins = MarginCounter(num_experts)
+        self.planned: StepLoad | None = None
+        """Known ahead of the step, see ``moe.count_ahead``."""
+        self._so_far: Tensor | None = None
+
+    def reset_parameters(self) -> None:
+        """Set the state to that before the first step."""
+        if self.bias_state is not None:
+            self.bias_state.zero_()
+        for name, loss in self.terms.adaptive.items():
+            state = self._state(name)
+            state.copy_(loss.initial_state())
+
+    @property
+    def needs_margins(self) -> bool:
+        """Whether the bias rule reads the margins of decisions."""
+        return self.terms.bias_rule is not None and self.terms.bias_rule.needs_margins
+
+    def parts(self, routing: Routing, weight: Float[Tensor, "E D"]) -> Float[Tensor, " P"] | None:
+        """What the losses of one call are made of, ``(1,)`` or ``(1 + E,)``; None without losses.
+
+        Args:
+            routing: the router's decision.
+            weight: the router's.
+        """
+        values = [loss.coefficient * loss(routing) for loss in self.call_losses]
+        values += [loss.coefficient * loss.of_weight(weight) for loss in self.terms.weight_losses]
+        values += [loss(routing, self._state(name)) for name, loss in self.terms.adaptive.items()]
+        if not (values or self.step_losses):
+            return None
+        dtype = routing.scores.dtype
+        alone = torch.stack([value.to(dtype) for value in values]).sum() if values else routing.scores.new_zeros(())
+        return torch.cat([alone[None], probability_sum(routing)]) if self.step_losses else alone[None]
+
+    def total(
+        self, collected: Sequence[tuple[Float[Tensor, " P"], PendingLoss]], load: StepLoad | None
+    ) -> Float[Tensor, ""]:
+        """The loss of some calls: the mean over their tokens, and the losses over the step.
+
+        Args:
+            collected: what `parts` made of each call.
+            load: of the step; None where no loss is over it.
+        """
+        parts = torch.stack([values for values, _ in collected])
+        weights = torch.stack([pending.num_tokens for _, pending in collected]).to(parts.dtype)
+        loss = (parts[:, 0] * weights).sum() / weights.sum().clamp(min=1)
+        if load is None:
+            return loss
+        probability = parts[:, 1:].sum(0) * load.share / load.tokens.clamp(min=1)
+        counts = load.tokens_per_expert
+        shares = (counts / counts.sum().clamp(min=1)).to(parts.dtype)
+        found = torch.stack([each.coefficient * each.combine(shares, probability) for each in self.step_losses]).sum()
+        return loss + found * (counts.sum() > 0)
+
+    def add(self, counts: Int[Tensor, " C"]) -> Int[Tensor, " C"]:
+        """Counts of the step so far, these included."""
+        self._so_far = counts if self._so_far is None else self._so_far + counts
+        return self._so_far
+
+    @torch.no_grad()
+    def observe(self, routing: Routing, score_bias: Float[Tensor, " E"] | None) -> None:
+        """Count what the bias rule needs beside the load of experts, of one call in training mode."""
+        if self.needs_margins and score_bias is not None:
+            self.margins.count(routing, score_bias)
+
+    @torch.no_grad()
+    def step(self, score_bias: Float[Tensor, " E"] | None, counts: StepCounts) -> None:
+        """Move the bias and what else adapts, in place, after a step."""
+        rule = self.terms.bias_rule
+        if rule is not None and score_bias is not None:
+            state = self.bias_state if self.bias_state is not None else score_bias.new_empty(0, self.num_experts)
+            bias, state = rule.updated(score_bias, state, counts)
+            score_bias.copy_(bias)
+            if self.bias_state is not None:
+                self.bias_state.copy_(state)
+        for name, loss in self.terms.adaptive.items():
+            state = self._state(name)
+            state.copy_(loss.updated(state, counts))
+
+    def end_step(self) -> None:
+        """Forget what was known of the step that has ended."""
+        self._so_far = self.planned = None
+
+    def _state(self, name: str) -> Tensor:
+        state: Tensor = getattr(self, f"{name}_state")
+        return state
+
+    def extra_repr(self) -> str:
+        """The terms in the module's printed form."""
+        return ", ".join(repr(term) for term in self.terms.all)
+
+
+@final
+class MarginCounter:
+    """Adds up the margins of decisions; see `moe.kernels.margins`. No buffer: it is of one step and of one device."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self._counts: Tensor | None = None
+
+    def count(self, routing: Routing, score_bias: Float[Tensor, " E"]) -> None:
+        """Add one call."""
+        counts = count_margins(routing.scores, routing.expert_ids, score_bias, routing.token_mask)
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def zero(self, device: torch.device) -> Int[Tensor, "E bins"]:
+        """Of no call."""
+        return torch.zeros(self.num_experts, BINS, dtype=torch.int32, device=device)
+
+    def take(self) -> Int[Tensor, "E bins"] | None:
+        """What was counted since the last time; starts again from zero."""
+        counts, self._counts = self._counts, None
+        return counts
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MarginCounter":
+        """A copied layer has counted nothing yet."""
+        return MarginCounter(self.num_experts)
+
+    def __reduce__(self) -> tuple[type["MarginCounter"], tuple[int]]:
+        """An unpickled layer has counted nothing yet."""
+        return MarginCounter, (self.num_experts,)

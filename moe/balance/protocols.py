@@ -1,0 +1,78 @@
+"""What a term of balance has to offer: the four kinds there are."""
+
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moe.balance.step_counts import StepCounts
+from moe.types import Routing
+
+
+@runtime_checkable
+class BalanceLoss(Protocol):
+    """Anything that turns a routing decision into a scalar to be minimised."""
+
+    @property
+    def coefficient(self) -> float:
+        """Factor on the loss."""
+
+    def __call__(self, routing: Routing) -> Float[Tensor, ""]:
+        """The loss without its coefficient; 0 where no token counts."""
+
+
+@runtime_checkable
+class WeightLoss(Protocol):
+    """Anything that turns the router's weight into a scalar to be minimised, whatever was routed."""
+
+    @property
+    def coefficient(self) -> float:
+        """Factor on the loss."""
+
+    def of_weight(self, weight: Float[Tensor, "E D"]) -> Float[Tensor, ""]:
+        """The loss without its coefficient, in float32 or better.
+
+        Args:
+            weight: the router's, a row an expert.
+        """
+
+
+@runtime_checkable
+class AdaptiveLoss(Protocol):
+    """A loss whose strength follows what was routed."""
+
+    def initial_state(self) -> Float[Tensor, " S"]:
+        """What it remembers before the first step, float32 on the CPU."""
+
+    def __call__(self, routing: Routing, state: Float[Tensor, " S"]) -> Float[Tensor, ""]:
+        """The loss, its strength included; 0 where no token counts."""
+
+    def updated(self, state: Float[Tensor, " S"], counts: StepCounts) -> Float[Tensor, " S"]:
+        """The state for the next step; the same where no token counts. Does not wait for the device."""
+
+
+@runtime_checkable
+class BiasRule(Protocol):
+    """A controller: moves the bias that is added to scores for selection only, and is no loss.
+
+    Route with the old bias, then update: the other order would let a token's routing depend on later tokens.
+    """
+
+    @property
+    def needs_margins(self) -> bool:
+        """Whether it reads ``StepCounts.margins``."""
+
+    @property
+    def state_rows(self) -> int:
+        """How many numbers an expert it remembers between steps."""
+
+    def updated(
+        self, bias: Float[Tensor, " E"], state: Float[Tensor, "rows E"], counts: StepCounts
+    ) -> tuple[Float[Tensor, " E"], Float[Tensor, "rows E"]]:
+        """Bias and state for the next step, the same where no token counts. Does not wait for the device.
+
+        Args:
+            bias: float32.
+            state: float32, ``(state_rows, E)``; zeros before the first step.
+            counts: of the step that has ended.
+        """

@@ -1,0 +1,29 @@
+"""What a whole optimizer step is known to have routed."""
+
+from dataclasses import dataclass
+from typing import final
+
+from jaxtyping import Int
+from torch import Tensor
+
+
+@final
+@dataclass(frozen=True)
+class StepCounts:
+    """The integer sums over all calls and devices of one step that controllers move by.
+
+    Integers add up to the same whatever the order, so these do not depend on how a batch was divided.
+    """
+
+    tokens_per_expert: Int[Tensor, " E"]
+    """int64; assignments of each expert, before any capacity."""
+
+    tokens: Int[Tensor, ""]
+    """int64; tokens that count."""
+
+    top_k: int
+    """K, experts a token; on average, where the router decides how many."""
+
+    margins: Int[Tensor, "E bins"] | None = None
+    """int32; how many tokens miss an expert by how much, see `moe.kernels.margins`; counted with the bias of this step.
+    None where no rule needs them."""

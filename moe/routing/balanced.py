@@ -1,0 +1,61 @@
+"""Balanced assignment: the best decision for a batch in which every expert has equally many tokens."""
+
+from typing import final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe.kernels.route import ScoreFunction
+from moe.routing.assignment import balanced_assignment
+from moe.routing.router import Router, Tokens
+
+
+@final
+class BalancedAssignmentRouter(Router):
+    """In training mode the assignment of the batch with the largest sum of logits, K distinct experts a token, where
+    every expert has ``T * K / E`` tokens, rounded down or up; else each token's K best logits.
+
+    **It waits for the device** in training mode: the assignment is solved on the host, in a loop whose length depends
+    on the logits. It cannot be captured in a CUDA graph.
+
+    **Training and evaluation differ**: the assignment needs the other tokens, earlier and later, so evaluation uses the
+    logits, and the load is theirs.
+
+    Takes no bias (the assignment would undo it), no groups and no null experts.
+
+    Source: BASE layers (Lewis et al. 2021, arXiv 2103.16716), which has K = 1 and the sigmoid as the weight. There an
+    auction finds the assignment up to an epsilon; here it is exact, see ``balanced_assignment``.
+    """
+
+    score_function = ScoreFunction.SIGMOID
+    takes_score_bias = False
+    takes_groups = False
+    takes_null_experts = False
+
+    def score(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """Sigmoid of each logit."""
+        return self.score_function.of(logits)
+
+    def select(
+        self, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"], tokens: Tokens
+    ) -> Int[Tensor, "T S"]:
+        """The experts of each token in the assignment, best first."""
+        if not self.training:
+            return super().select(logits, scores, tokens)
+        return _assign(logits, tokens.mask, self.top_k)
+
+
+# An operation of its own, so that a compiled layer calls it as it is.
+@torch.library.custom_op("moe::balanced_assignment", mutates_args=())
+def _assign(logits: Tensor, token_mask: Tensor | None, top_k: int) -> Tensor:
+    """Expert ids ``(T, K)`` int32 of the balanced assignment; padding has none."""
+    counts = torch.ones(len(logits), dtype=torch.bool) if token_mask is None else token_mask.cpu()
+    ids = torch.full((len(logits), top_k), -1, dtype=torch.int32)
+    ids[counts] = torch.from_numpy(balanced_assignment(logits.cpu()[counts].numpy(), top_k))
+    return ids.to(logits.device)
+
+
+@_assign.register_fake
+def _(logits: Tensor, token_mask: Tensor | None, top_k: int) -> Tensor:  # noqa: ARG001
+    return logits.new_empty(len(logits), top_k, dtype=torch.int32)
