@@ -15,7 +15,8 @@ copyright = f"{author}, Apache-2.0"  # noqa: A001
 extensions = ["docstrings", "mathml", "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 nitpicky = True
-_OTHERS = "torch|numpy|np|jaxtyping|tokenizers|rich|abc|collections|contextlib|datetime|enum|pathlib|types|typing"
+_OTHERS = "torch|numpy|np|jaxtyping|tokenizers|rich|transformers|lightning|accelerate"
+_OTHERS += "|abc|collections|contextlib|datetime|enum|os|pathlib|types|typing"
 nitpick_ignore_regex = [
     # Other projects' names: looking them up would take the network.
     (r"py:.*", rf"({_OTHERS})\..*"),

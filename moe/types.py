@@ -4,7 +4,7 @@ Sizes: T tokens, E experts, K experts per token (``top_k``), N = T * K assignmen
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,7 +70,7 @@ class Routing:
 
     def detach(self) -> "Routing":
         """The same decision without gradients."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return Routing(**{n: value.detach() if isinstance(value, Tensor) else value for n, value in found.items()})
 
     def tokens_per_expert(self) -> Int[Tensor, " E"]:

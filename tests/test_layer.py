@@ -12,7 +12,6 @@ from moe.errors import ConfigError
 from moe.routing import ROUTERS, SoftmaxRouter
 from tests.support.oracle import ACTIVATIONS, experts_oracle, feed_forward
 
-
 PER_TOKEN = ("softmax", "top_k_softmax", "sigmoid", "sqrt_softplus", "switch", "hash", "relu", "threshold")
 """Routers that decide for each token alone, without noise."""
 

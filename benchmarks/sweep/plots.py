@@ -22,8 +22,8 @@ KINDS = {
 """Colour (Okabe and Ito 2008) and marker by what balances."""
 EVEN_ENOUGH = 0.01
 """MaxVio below which the axis is linear, so that an exact 0 has a place."""
-LEVELS = (0.0, 0.1, 0.25, 0.5, 0.8, 1.25, 2.0, 4.0, 8.0, 16.0)
-"""Of a heat map; few, so that its picture takes few bytes."""
+LEVELS = (0.0, 0.1, 0.25, 0.5, 0.8, 1.25, 2.0, 4.0, 8.0)
+"""Of a heat map, an even share in the middle; few, so that its picture takes few bytes."""
 COLUMNS = 5
 """Heat maps in a row."""
 
@@ -42,9 +42,8 @@ def plot_frontier(rows: Sequence[Row], path: Path) -> None:
     for number, row in enumerate(rows, start=1):
         color, marker = KINDS[row.kind]
         x, y = row.figures["evaluation"], row.figures["bits_per_byte"]
-        bars = {"xerr": half(x), "yerr": half(y), "elinewidth": 0.7, "capsize": 2}
-        face = color if row in best else "none"
-        axis.errorbar(x.mean, y.mean, fmt=marker, color=color, markerfacecolor=face, markersize=6, alpha=0.9, **bars)
+        axis.errorbar(x.mean, y.mean, half(y), half(x), fmt="none", ecolor=color, elinewidth=0.7, alpha=0.4)
+        axis.plot(x.mean, y.mean, marker, color=color, markerfacecolor=color if row in best else "none", markersize=6)
         label = f"{number} {row.name}" if row in best else str(number)
         axis.annotate(label, (x.mean, y.mean), (5, 4), textcoords="offset points", fontsize=8)
     path_of_best = sorted((row.figures["evaluation"].mean, row.figures["bits_per_byte"].mean) for row in best)
@@ -78,8 +77,8 @@ def plot_heat_maps(rows: Sequence[Row], path: Path) -> None:
     """Each expert's load over training, one picture a pair, of its first seed; the busiest at the end is on top."""
     lines = math.ceil(len(rows) / COLUMNS)
     figure = Figure(figsize=(2 * COLUMNS, 1.55 * lines + 0.9), layout="constrained")
-    grid = figure.subplots(lines, COLUMNS, squeeze=False)
-    colors = mpl.colormaps["cividis"]
+    grid = figure.subplots(lines, COLUMNS, squeeze=False, sharex=True, sharey=True)
+    colors = mpl.colormaps["PuOr_r"]
     norm = BoundaryNorm(LEVELS, colors.N, extend="max")
     picture = None
     for axis, row in zip(grid.flat, rows):

@@ -79,7 +79,7 @@ def main_part(rows: Sequence[Row], stem: Path) -> Iterator[str]:
         "1, is the mean over layers: of the training batches in the first tenth of the steps (early) and the last "
         "quarter (late), of all the late steps' counts together (pooled), and of the whole validation in evaluation "
         "mode. In brackets is about what chance alone would show for as many assignments drawn one by one. Dropped is "
-        "what a capacity of that factor would have dropped in the late steps; nothing was. All steps and layers count alike."
+        "what a capacity of that factor would have dropped in the late steps; nothing was."
     )
     yield ""
     yield from tables.main_table(rows)

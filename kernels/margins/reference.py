@@ -6,7 +6,7 @@ from torch import Tensor
 from moe.errors import ConfigError
 from moe.kernels.margins.bins import BINS, SIDE, write_bins
 
-CHUNK_SCORES = 2**17  # scores that are binned at once: few enough to stay in a core's cache
+CHUNK_SCORES = 2**18  # scores that are binned at once: few enough to stay in a core's cache
 
 
 def _write_margins(scores: Tensor, expert_ids: Tensor, score_bias: Tensor, columns: Tensor) -> Tensor:
@@ -59,6 +59,6 @@ def count_margins(scores: Tensor, expert_ids: Tensor, score_bias: Tensor, token_
         if token_mask is not None:
             counted &= token_mask[part]
         if not counted.all():
-            places[part].masked_fill_(~counted[:, None], 0)
+            places[part].index_fill_(0, (~counted).nonzero().view(-1), 0)
     counts = torch.bincount(places.view(-1), minlength=(1 + num_experts) * BINS)
     return counts[BINS:].view(num_experts, BINS).int()

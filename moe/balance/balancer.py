@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.balance.calls import PendingLoss
-from moe.balance.shares import ShareLoss, Scope, probability_sum
+from moe.balance.shares import Scope, ShareLoss, probability_sum
 from moe.balance.step_counts import StepCounts
 from moe.balance.terms import Terms
 from moe.buffers import Float32Buffers
@@ -26,18 +26,15 @@ from moe.types import Routing
 @final
 @dataclass(frozen=True)
 class StepLoad:
-    """What a loss over a whole step needs to know of it.
-
-    Attributes:
-        tokens_per_expert: ``(E,)`` int64, of the step as far as it is known, over all devices.
-        tokens: int64; those whose probabilities are in the mean.
-        share: into so many parts the mean over these tokens is split, each of which the caller averages again: devices
-            with other data, times losses of one step.
-    """
+    """What a loss over a whole step needs to know of it."""
 
     tokens_per_expert: Int[Tensor, " E"]
+    """int64; of the step as far as it is known, over all devices."""
     tokens: Int[Tensor, ""]
-    share: float
+    """int64; those whose probabilities are in the mean."""
+    parts: float
+    """Into so many parts the mean over these tokens is split, which the caller averages again: devices with other data,
+    times losses of one step."""
 
 
 @final
@@ -54,6 +51,8 @@ class Balancer(Float32Buffers):
     Raises:
         ConfigError: a term does not fit these sizes.
     """
+
+    bias_state: Tensor | None
 
     def __init__(
         self,
@@ -123,7 +122,7 @@ class Balancer(Float32Buffers):
         loss = (parts[:, 0] * weights).sum() / weights.sum().clamp(min=1)
         if load is None:
             return loss
-        probability = parts[:, 1:].sum(0) * load.share / load.tokens.clamp(min=1)
+        probability = parts[:, 1:].sum(0) * load.parts / load.tokens.clamp(min=1)
         counts = load.tokens_per_expert
         shares = (counts / counts.sum().clamp(min=1)).to(parts.dtype)
         found = torch.stack([each.coefficient * each.combine(shares, probability) for each in self.step_losses]).sum()

@@ -1,7 +1,7 @@
 """How evenly experts are used, reported from training loops that are not this library's.
 
-Each framework has a file of its own, which imports it: ``moe.integrations.transformers``, ``lightning``, ``accelerate``,
-and the sinks ``moe.integrations.rich`` and ``tensorboard``.
+Each framework has a file of its own, which imports it: ``moe.integrations.transformers``, ``.lightning`` and
+``.accelerate``, and for sinks ``.rich`` and ``.tensorboard``.
 """
 
 from moe.integrations.json_lines import JsonLines

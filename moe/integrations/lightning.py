@@ -28,13 +28,11 @@ class BalanceCallback(Callback):
         self.reporter = reporter or BalanceReporter()
         self._step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         """Note where the run goes on from."""
         self._step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """End the step, if the batch was the last of one.
 
         No hook follows an optimizer step at once: ``on_before_zero_grad`` comes within the next one, after its forward

@@ -50,9 +50,7 @@ class BalanceReporter:
         ConfigError: a number of steps is not positive.
     """
 
-    def __init__(
-        self, *sinks: Sink, every: int = 100, pool_steps: int | None = None, each_layer: bool = True
-    ) -> None:
+    def __init__(self, *sinks: Sink, every: int = 100, pool_steps: int | None = None, each_layer: bool = True) -> None:
         require_positive_integer(every=every)
         if pool_steps is not None:
             require_positive_integer(pool_steps=pool_steps)

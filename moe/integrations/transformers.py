@@ -33,8 +33,8 @@ def balance_trainer(trainer: Trainer, reporter: BalanceReporter | None = None) -
     """
     if trainer.args.n_gpu > 1:
         raise ConfigError(
-            f"trainer.args.n_gpu={trainer.args.n_gpu} must be at most 1: nn.DataParallel throws its copies of the model "
-            "away, and what they counted with them; start a process a GPU, with torchrun"
+            f"trainer.args.n_gpu={trainer.args.n_gpu} must be at most 1: nn.DataParallel throws its copies of the "
+            "model away, and what they counted with them; start a process a GPU, with torchrun"
         )
     reporter = reporter or BalanceReporter()
     trainer.add_callback(BalanceCallback(reporter))
@@ -60,11 +60,7 @@ class BalanceCallback(TrainerCallback):
         self.reporter = reporter or BalanceReporter()
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **kwargs: Any
     ) -> None:
         """End the step."""
         # accelerate's wrapper of the optimizer knows; another optimizer skips nothing.

@@ -96,7 +96,9 @@ def count_ahead(model: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in moe_layers(model)]
     for layer in layers:
         if not layer.training:
-            raise ConfigError("count_ahead announces a training step, but the model is in evaluation mode: model.train()")
+            raise ConfigError(
+                "count_ahead announces a training step, but the model is in evaluation mode: model.train()"
+            )
         if layer.script is not None:
             raise ConfigError("count_ahead was called twice; end the step that was announced with moe.balance_step")
         layer.script = Script(is_written=True)

@@ -106,7 +106,7 @@ def _step_loads(taken: Mapping[MoE, Collected]) -> dict[MoE, StepLoad]:
         if not layer.balancer.step_losses:
             continue
         if (planned := layer.balancer.planned) is not None:
-            loads[layer] = replace(planned, share=planned.share / max(len(calls), 1))
+            loads[layer] = replace(planned, parts=planned.parts / max(len(calls), 1))
         elif calls or layer.pool_counts is not None:
             unknown[layer] = _counts_of(layer, calls)
     for layer, counts in pool(unknown).items():

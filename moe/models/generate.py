@@ -45,8 +45,8 @@ def generate(
         ``(B, S + n)`` like ``prompt``, which it starts with; n is ``max_new_tokens``, or fewer where all have ended.
 
     Raises:
-        ConfigError: a router looks at later tokens (expert choice), ``temperature`` is negative, ``top_p`` outside (0, 1], ``max_new_tokens`` negative, or
-            ``eos_id`` or a token of the prompt outside the vocabulary.
+        ConfigError: a router looks at later tokens (expert choice), ``temperature`` is negative, ``top_p`` outside
+            (0, 1], ``max_new_tokens`` negative, or ``eos_id`` or a token of the prompt outside the vocabulary.
         ShapeError: the prompt is empty, or with the new tokens longer than ``max_seq_len``.
         DtypeError: the prompt is not int32 or int64.
 

@@ -6,6 +6,8 @@ token at a time moves along the cheapest chain of exchanges from an expert with 
 step keeps the assignment the best for its loads. Scores are whole numbers here, so that no sum is rounded.
 """
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,7 +41,7 @@ def balanced_assignment(scores: NDArray[np.floating], top_k: int) -> NDArray[np.
     """
     whole = _whole_numbers(scores)
     has = _best(whole - _prices(whole, top_k), top_k)
-    if 0 < scores.size and top_k < scores.shape[1]:
+    if scores.size > 0 and top_k < scores.shape[1]:
         _balance(whole, has, top_k)
     keys = np.where(has, -(whole // _TIES), 1)
     return np.argsort(keys, axis=1, kind="stable")[:, :top_k].astype(np.int32)
@@ -89,8 +91,7 @@ def _between(rows: Ints, k: int) -> Ints:
 
 
 def _balance(scores: Ints, has: NDArray[np.bool_], top_k: int) -> None:
-    """Exchange experts in ``has`` until every load is the share, rounded down or up, and no exchange is for the better.
-    """
+    """Exchange experts in ``has`` until each load is the share, rounded down or up, and no exchange is a gain."""
     num_tokens, num_experts = scores.shape
     low, rest = divmod(num_tokens * top_k, num_experts)
     high = low + (rest > 0)
@@ -104,17 +105,15 @@ def _balance(scores: Ints, has: NDArray[np.bool_], top_k: int) -> None:
         chain, total = _cheapest_chain(cost, sources, targets)
         if not is_uneven and total >= 0:
             return
-        moved = [_exchange(scores, has, source, target) for source, target in zip(chain, chain[1:])]
+        moved = [_exchange(scores, has, source, target) for source, target in pairwise(chain)]
         load[chain[0]] -= 1
         load[chain[-1]] += 1
         # What else a moved token has can now go where it was, and no longer to where it is.
-        changed = has[moved].any(0)
-        changed[chain] = True
-        for e in np.flatnonzero(changed):
+        for e in {*chain, *np.nonzero(has[moved])[1].tolist()}:
             cost[e] = _exchange_costs(scores, has, e)
 
 
-def _exchange_costs(scores: Ints, has: NDArray[np.bool_], expert: int | np.intp) -> Ints:
+def _exchange_costs(scores: Ints, has: NDArray[np.bool_], expert: int) -> Ints:
     """``(E,)``: what is lost if an expert gives the token that loses least by it to each other one."""
     own = has[:, expert]
     losses = np.where(has[own], _NONE, scores[own, expert][:, None] - scores[own])

@@ -13,8 +13,9 @@ from moe.routing.router import Router, Tokens
 
 @final
 class BalancedAssignmentRouter(Router):
-    """In training mode the assignment of the batch with the largest sum of logits, K distinct experts a token, where
-    every expert has ``T * K / E`` tokens, rounded down or up; else each token's K best logits.
+    """In training mode the balanced assignment with the largest sum of logits; else each token's K best logits.
+
+    Balanced: an expert has ``T * K / E`` of the batch's tokens, rounded down or up, and a token K distinct experts.
 
     **It waits for the device** in training mode: the assignment is solved on the host, in a loop whose length depends
     on the logits. It cannot be captured in a CUDA graph.
@@ -25,7 +26,7 @@ class BalancedAssignmentRouter(Router):
     Takes no bias (the assignment would undo it), no groups and no null experts.
 
     Source: BASE layers (Lewis et al. 2021, arXiv 2103.16716), which has K = 1 and the sigmoid as the weight. There an
-    auction finds the assignment up to an epsilon; here it is exact, see ``balanced_assignment``.
+    auction finds the assignment; here prices and exchanges do, see ``balanced_assignment``.
     """
 
     score_function = ScoreFunction.SIGMOID
@@ -33,16 +34,22 @@ class BalancedAssignmentRouter(Router):
     takes_groups = False
     takes_null_experts = False
 
+    @property
+    def _runs_fused(self) -> bool:
+        """In evaluation mode, where the K best logits are chosen and ``select`` is not called."""
+        return not self.training
+
     def score(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """Sigmoid of each logit."""
         return self.score_function.of(logits)
 
     def select(
-        self, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"], tokens: Tokens
+        self,
+        logits: Float[Tensor, "T E"],
+        scores: Float[Tensor, "T E"],  # noqa: ARG002
+        tokens: Tokens,
     ) -> Int[Tensor, "T S"]:
-        """The experts of each token in the assignment, best first."""
-        if not self.training:
-            return super().select(logits, scores, tokens)
+        """The experts of each token in the assignment, best first, in training mode."""
         return _assign(logits, tokens.mask, self.top_k)
 
 

@@ -16,9 +16,7 @@ from moe.types import Routing
 _NOISE = 1e-6
 
 
-def limit_capacity(
-    routing: Routing, capacity_factor: float, policy: DropPolicy, top_k: int | None = None
-) -> Routing:
+def limit_capacity(routing: Routing, capacity_factor: float, policy: DropPolicy, top_k: int | None = None) -> Routing:
     """Drop what an expert gets beyond ``ceil(capacity_factor * tokens * K / E)`` assignments.
 
     ``tokens`` are the unmasked ones. Weights of what is kept stay as they were: a token that lost an expert is scaled

@@ -46,9 +46,7 @@ class HashRouter(Router):
     table: Tensor
     """``(vocab_size, K)`` int32; part of the state dict."""
 
-    def __init__(
-        self, *args: Any, vocab_size: int, seed: int = 0, learnt_weights: bool = True, **options: Any
-    ) -> None:
+    def __init__(self, *args: Any, vocab_size: int, seed: int = 0, learnt_weights: bool = True, **options: Any) -> None:
         super().__init__(*args, **options)
         require_positive_integer(vocab_size=vocab_size)
         self.vocab_size, self.seed, self.learnt_weights = vocab_size, seed, learnt_weights

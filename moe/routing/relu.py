@@ -32,9 +32,7 @@ class ReluRouter(Router):
     takes_groups = False
     takes_null_experts = False
 
-    def __init__(
-        self, *args: Any, max_experts: int | None = None, normalize: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, *args: Any, max_experts: int | None = None, normalize: bool = False, **options: Any) -> None:
         super().__init__(*args, normalize=normalize, **options)
         self._num_slots = count_slots(self.num_experts, max_experts)
 

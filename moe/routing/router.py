@@ -165,6 +165,11 @@ class Router(Float32Buffers, ABC):
             raise ConfigError(f"num_groups={num_groups} beside null experts, which are in no group; leave one of both")
 
     @property
+    def _runs_fused(self) -> bool:
+        """Whether one operation decides, in the mode that the router is in."""
+        return self._is_fused
+
+    @property
     def num_slots(self) -> int:
         """S, the most experts that a token can get: the width of a decision."""
         return self.top_k
@@ -207,15 +212,13 @@ class Router(Float32Buffers, ABC):
 
     def decide(self, logits: Float[Tensor, "T E"], tokens: Tokens, replay: Replay | None) -> Routing:
         """The decision that these logits lead to; arguments as in ``forward``."""
-        decide = self._decide_fused if self._is_fused else self._decide_in_steps
+        decide = self._decide_fused if self._runs_fused else self._decide_in_steps
         expert_ids, weights, scores = decide(logits, tokens, replay)
         return Routing(
             expert_ids, weights, scores, logits, token_mask=tokens.mask, num_null_experts=self.num_null_experts
         )
 
-    def _decide_in_steps(
-        self, logits: Tensor, tokens: Tokens, replay: Replay | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _decide_in_steps(self, logits: Tensor, tokens: Tokens, replay: Replay | None) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, weights and scores by the methods below."""
         scores = self.score(logits)
         expert_ids = self.select(logits.detach(), scores.detach(), tokens)
@@ -248,7 +251,10 @@ class Router(Float32Buffers, ABC):
         return expert_ids, weights, scores
 
     def select(
-        self, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"], tokens: Tokens
+        self,
+        logits: Float[Tensor, "T E"],
+        scores: Float[Tensor, "T E"],
+        tokens: Tokens,  # noqa: ARG002 (for those that override this)
     ) -> Int[Tensor, "T S"]:
         """Choose the experts of each token, int32, best first, -1 in slots that stay empty.
 

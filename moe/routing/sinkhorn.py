@@ -44,16 +44,22 @@ class SinkhornRouter(Router):
         require_positive_integer(iterations=iterations)
         self.iterations = iterations
 
+    @property
+    def _runs_fused(self) -> bool:
+        """In evaluation mode, where the K best logits are chosen and ``select`` is not called."""
+        return not self.training
+
     def score(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         """Softmax over experts."""
         return self.score_function.of(logits)
 
     def select(
-        self, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"], tokens: Tokens
+        self,
+        logits: Float[Tensor, "T E"],
+        scores: Float[Tensor, "T E"],  # noqa: ARG002
+        tokens: Tokens,
     ) -> Int[Tensor, "T S"]:
-        """The K best experts at their prices."""
-        if not self.training:
-            return super().select(logits, scores, tokens)
+        """The K best experts at their prices, in training mode."""
         # The order of a token's logits less prices is that of its row of the plan, and nothing underflows.
         values = logits - _prices(logits, tokens.mask, self.iterations)
         return choose(values, values, None, self.top_k, False, 1, 1)

@@ -43,9 +43,7 @@ class ThresholdRouter(Router):
         """Softmax over experts."""
         return self.score_function.of(logits)
 
-    def select(
-        self, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"], tokens: Tokens
-    ) -> Int[Tensor, "T S"]:
+    def select(self, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"], tokens: Tokens) -> Int[Tensor, "T S"]:
         """The K best experts, without those behind the threshold."""
         best = super().select(logits, scores, tokens)
         sums = scores.gather(1, best.long()).cumsum(-1)

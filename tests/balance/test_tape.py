@@ -63,7 +63,7 @@ def test_without_contexts_such_calls_are_refused():
     decided[1][:4] = (decided[1][:4] + 1) % 6  # two calls that decided nearly alike
     with moe.replay_routing(model, {"moe": decided}):
         outputs = [checkpoint(Noisy(model, 0.3), x, use_reentrant=False) for _ in decided]
-    with pytest.raises(RecomputationError, match="context_fn=moe.checkpoint_contexts"):
+    with pytest.raises(RecomputationError, match=r"context_fn=moe\.checkpoint_contexts"):
         outputs[0].sum().backward()
 
 

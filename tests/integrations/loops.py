@@ -59,8 +59,7 @@ def assert_same(model, other, atol=1e-12):
     """
     for (name, value), (_, wanted) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
         torch.testing.assert_close(value, wanted, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
-    biases = [layer.router.score_bias for _, layer in moe.moe_layers(model)]
-    assert all(bias.abs().max() > 0 for bias in biases)
+    assert any(layer.router.score_bias.abs().max() > 0 for _, layer in moe.moe_layers(model))
 
 
 def pooled(loads):

@@ -1,4 +1,4 @@
-"""transformers' gradient checkpointing: a call is decided once and counted once, whatever its recomputation would decide."""
+"""Checkpointing by transformers: a call is decided and counted once, whatever its recomputation would decide."""
 
 import copy
 

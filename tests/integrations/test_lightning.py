@@ -15,6 +15,13 @@ from moe.integrations import BalanceReporter
 from moe.integrations.lightning import BalanceCallback
 from tests.integrations.loops import LR, Tiny, assert_same, by_hand, of_layers, pooled, samples
 
+pytestmark = [
+    # Lightning 2.6 calls what torch 2.13 has a new name for.
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+    # Its advice on speed, for batches that are worth other processes.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+]
+
 
 class Module(LightningModule):
     def __init__(self):
@@ -22,7 +29,9 @@ class Module(LightningModule):
         self.model = Tiny()
 
     def training_step(self, batch, batch_idx):
-        return self.model(**batch)["loss"] + moe.balance_loss(self)
+        loss = self.model(**batch)["loss"]
+        self.log("loss", loss)
+        return loss + moe.balance_loss(self)
 
     def validation_step(self, batch, batch_idx):
         self.model(**batch)
@@ -42,14 +51,15 @@ class Watch(Callback):
         self.biases.append(pl_module.model.first.router.score_bias.clone())
 
 
-def fit(module, tmp_path, callbacks, accumulation=2, rows=10, **options):
-    """Two epochs of batches of two rows, in order."""
+def fit(module, tmp_path, callbacks, accumulation=2, resume=None, **options):
+    """Two epochs of five batches, in order, with validation after each."""
     arguments = {
         "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
         "log_every_n_steps": 2,
         "max_epochs": 2,
         "default_root_dir": tmp_path,
@@ -57,38 +67,73 @@ def fit(module, tmp_path, callbacks, accumulation=2, rows=10, **options):
         "callbacks": callbacks,
     }
     trainer = Trainer(**arguments | options)
-    resumed = {"ckpt_path": options.pop("ckpt_path")} if "ckpt_path" in options else {}
-    trainer.fit(module, DataLoader(samples(rows), batch_size=2), **resumed)
+    loaders = [DataLoader(samples(rows), batch_size=2) for rows in (10, 3)]
+    trainer.fit(module, *loaders, ckpt_path=resume)
     return trainer
 
 
-pytestmark = [
-    # Lightning 2.6 calls names that torch 2.13 wants replaced.
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    # Advice on speed for batches that are worth other processes.
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-]
-
-
-def steps_by_hand(module, accumulation=2, rows=10, epochs=2):
+def steps_by_hand(module, accumulation=2):
     """Lightning divides by ``accumulate_grad_batches`` also where an epoch's last step has fewer."""
-    batches = list(DataLoader(samples(rows), batch_size=2))
+    batches = list(DataLoader(samples(10), batch_size=2))
     steps = [batches[start : start + accumulation] for start in range(0, len(batches), accumulation)]
-    return by_hand(module.model, steps * epochs, divisor=accumulation)
+    return by_hand(module.model, steps * 2, divisor=accumulation)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_training_is_that_of_the_loop_by_hand(accumulation, tmp_path) -> None:
-    module, reporter, watch = Module(), BalanceReporter(pool_steps=2), Watch()
+def near(figures):
+    """Lightning keeps figures in float32."""
+    return {key.replace("/first", "/model.first").replace("/last", "/model.last"): pytest.approx(value, rel=1e-6)
+            for key, value in figures.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize(("accumulation", "ends"), [(1, range(10)), (2, (1, 3, 4, 6, 8, 9))])
+def test_training_is_that_of_the_loop_by_hand(accumulation, ends, tmp_path) -> None:
+    module, kept, watch = Module(), [], Watch()
     other = copy.deepcopy(module)
-    options = {"logger": CSVLogger(tmp_path, name="csv", version=0)}
-    trainer = fit(module, tmp_path, [BalanceCallback(reporter), watch], accumulation, **options)
+    reporter = BalanceReporter(lambda step, figures: kept.append((step, of_layers(figures))), every=3)
+    trainer = fit(module, tmp_path, [BalanceCallback(reporter), watch], accumulation)
     loads = steps_by_hand(other, accumulation)
-    assert trainer.global_step == reporter.step == len(loads) == (10 if accumulation == 1 else 6)
+    assert trainer.global_step == reporter.step == len(loads) == len(ends)
     assert_same(module.model, other.model)
-    moved = [not torch.equal(*pair) for pair in zip(watch.biases, watch.biases[1:])]
-    assert moved == ([True] * 9 if accumulation == 1 else [True, False, True, True, False, True, False, True, True][1:])
+    # The bias has moved by the end of each batch that was a step's last, and of no other.
+    before = [torch.zeros(5), *watch.biases]
+    assert [batch for batch in range(10) if not torch.equal(before[batch], before[batch + 1])] == list(ends)
+    assert kept == [(step, near(pooled(loads[step - 3 : step]))) for step in range(3, len(loads) + 1, 3)]
 
 
 def test_figures_are_logged_at_logging_steps(tmp_path) -> None:
-    """To every logger, beside what Lightning logs itself, and for callbacks that monitor them."""
+    """Beside what Lightning logs itself, and for callbacks that monitor them."""
+    module, watch = Module(), Watch()
+    loads = steps_by_hand(copy.deepcopy(module))
+    fit(
+        module,
+        tmp_path,
+        [BalanceCallback(BalanceReporter(pool_steps=2)), watch],
+        logger=CSVLogger(tmp_path, name="csv", version=0),
+    )
+    with (tmp_path / "csv" / "version_0" / "metrics.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    assert [row["step"] for row in rows] == [1, 3, 5]  # Lightning numbers steps from 0
+    for row, end in zip(rows, (2, 4, 6)):
+        assert of_layers(row) == near(pooled(loads[end - 2 : end]))
+        assert row["loss"] > 0
+    assert of_layers(watch.metrics[-1]) == near(pooled(loads[4:]))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # the run's that goes on
+def test_checkpoints_have_the_moved_biases_and_runs_go_on_from_them(tmp_path) -> None:
+    def saving():
+        return ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+
+    module = Module()
+    whole, kept = copy.deepcopy(module), []
+    fit(whole, tmp_path, [BalanceCallback()])
+    # Named before the callback of balance: Lightning has those that save come last all the same.
+    fit(module, tmp_path, [saving(), BalanceCallback()], enable_checkpointing=True, max_epochs=1)
+    path = tmp_path / "step=3.ckpt"
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert torch.equal(saved["model.first.router.score_bias"], module.model.first.router.score_bias)
+    reporter = BalanceReporter(lambda step, figures: kept.append(step), every=1)
+    again = Module()
+    fit(again, tmp_path, [saving(), BalanceCallback(reporter)], enable_checkpointing=True, resume=path)
+    assert_same(again.model, whole.model)
+    assert kept == [4, 5, 6]

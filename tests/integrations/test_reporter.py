@@ -192,7 +192,7 @@ def test_a_table_has_a_row_a_layer_and_one_for_the_worst() -> None:
         ["worst", "0.750", "0.416", "0.750", "0.544", "0", "12.5%", ""],
     ]
     (head,) = [line for line in text.splitlines() if line.startswith("┃")]
-    assert head.replace("┃", "").split() == "layer MaxVio floor CV entropy dead dropped confidence".split()
+    assert " ".join(head.replace("┃", "").split()) == "layer MaxVio floor CV entropy dead dropped confidence"
 
 
 def test_a_table_of_the_worst_alone() -> None:

@@ -4,16 +4,16 @@ import copy
 
 import pytest
 import torch
-from tests.integrations.loops import LR, Tiny, assert_same, by_hand, mean_loss, of_layers, pooled, samples
 from torch.nn import functional as F
 from torch.utils.data import default_collate
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import moe
 from moe.errors import ConfigError
 from moe.integrations import BalanceReporter
 from moe.integrations.transformers import BalanceCallback, balance_trainer
 from tests.integrations.llama import moe_llama, sentences
+from tests.integrations.loops import LR, Tiny, assert_same, by_hand, mean_loss, of_layers, pooled, samples
 
 
 def make(model, data, tmp_path, trainer_class=Trainer, accumulation=2, batch_size=2, **options):

@@ -62,6 +62,12 @@ def test_goes_on_behind_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(count_margins(scores, ids, bias, mask), naive_margin_counts(scores, ids, bias, mask))
 
 
+def test_zeros_of_either_sign_are_alike() -> None:
+    scores, ids = torch.tensor([[-0.0, 0.0, 1.0]]), torch.tensor([[1, 2]], dtype=torch.int32)
+    counts = count_margins(scores, ids, torch.full((3,), -0.0))  # -0 - 0 is -0
+    assert counts[:2].nonzero()[:, 1].tolist() == [naive_bin(0.0)] * 2
+
+
 def test_counts_below_an_edge_are_the_tokens_that_an_expert_would_keep_or_reach() -> None:
     # Sums are exact, and no two experts' differ by a multiple of 2^-10, as the edges tried are.
     scores = torch.randint(0, 2**10, (400, 6)) * 2.0**-10 + torch.arange(6) * 2.0**-14

@@ -50,7 +50,12 @@ def test_another_router_under_recorded_decisions_computes_and_learns_from_its_ow
     ("decisions", "calls", "error", "message"),
     [
         ({"moo": []}, [], ConfigError, "decisions has layer 'moo'; the model's MoE layers are moe"),
-        ({"moe": [40]}, [41], ShapeError, r"recorded decision 0 has shape \(40, 2\), but the call decides on \(41, 2\)"),
+        (
+            {"moe": [40]},
+            [41],
+            ShapeError,
+            r"recorded decision 0 has shape \(40, 2\), but the call decides on \(41, 2\)",
+        ),
         ({"moe": [40]}, [40, 40], ConfigError, "all 1 recorded decisions of this layer have been repeated"),
         ({"moe": [40, 40]}, [40], ConfigError, "1 of 2 decisions of layer 'moe' are left over"),
     ],
@@ -59,6 +64,5 @@ def test_decisions_that_do_not_fit_are_named(decisions, calls, error, message):
     model = Model()
     ids = {name: [torch.zeros(size, 2, dtype=torch.int32) for size in sizes] for name, sizes in decisions.items()}
     with pytest.raises(error, match=message), moe.replay_routing(model, ids):
-        for size in calls:
-            model(tokens(size))
+        [model(tokens(size)) for size in calls]
     assert model.moe.script is None

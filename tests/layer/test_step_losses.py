@@ -1,5 +1,7 @@
 """Losses over a whole step: one process that holds the batch is the judge of every way to split it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,7 +46,9 @@ def same(found, expected):
     assert torch.equal(load.tokens_per_expert, expected_load.tokens_per_expert)
     for name, grad in expected_grads.items():
         scale = max(grad.abs().max().item(), 1e-3)
-        torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-13 * scale, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            grads[name], grad, rtol=0, atol=1e-13 * scale, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @given(st.lists(st.integers(1, TOKENS - 1), max_size=4, unique=True), st.booleans(), st.sampled_from(list(KINDS)))
@@ -56,14 +60,14 @@ def test_any_split_into_micro_batches_is_the_whole_batch(cuts, masked, kind):
     whole, model = Model(balance=GLOBAL), Model(kind, balance=GLOBAL)
     expected = step(whole, [x], [mask], ahead=False)
     assert expected[1]["moe.router.weight"].abs().max() > 1e-4
-    parts = [slice(*pair) for pair in zip(bounds, bounds[1:])]
+    parts = [slice(*pair) for pair in pairwise(bounds)]
     same(step(model, [x[p] for p in parts], [mask[p] for p in parts], ahead=True), expected)
     assert torch.equal(model.moe.router.score_bias, whole.moe.router.score_bias)
 
 
 def test_without_the_announcement_a_micro_batch_knows_those_before_it():
     """The running share of Qiu et al.: exact in the last micro-batch, the call's own in the first."""
-    x, mask = batch_and_mask()
+    x, _ = batch_and_mask()
     model, alone = (Model(balance=(SwitchLoss(1.0, scope="global"),)) for _ in range(2))
     halves = [x[:20], x[20:]]
     losses = []
@@ -105,7 +109,7 @@ def spread_step(ranks, splits, ahead):
     size = TOKENS // ranks
     start = mesh.data_rank * size
     bounds = [start, *(start + cut for cut in splits), start + size]
-    parts = [slice(*pair) for pair in zip(bounds, bounds[1:])]
+    parts = [slice(*pair) for pair in pairwise(bounds)]
     loss, _, load = step(model, [x[p] for p in parts], [mask[p] for p in parts], ahead=ahead)
     grads = {name: p.grad.full_tensor() for name, p in parallel.named_parameters() if "experts" not in name}
     return loss, grads, load, model.moe.router.score_bias

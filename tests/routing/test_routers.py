@@ -7,13 +7,10 @@ from hypothesis import strategies as st
 
 from moe.errors import ConfigError
 from moe.routing import ROUTERS, SigmoidRouter, SoftmaxRouter, SwitchRouter
+from tests.routing.zoo import TOP_K_IN_EVALUATION, ids_of
+from tests.routing.zoo import build as make
 
-MULTI = ("softmax", "top_k_softmax", "sigmoid")
-
-
-def make(name, dim=16, num_experts=8, top_k=2, seed=0, **options):
-    torch.manual_seed(seed)
-    return ROUTERS[name](dim, num_experts, 1 if name == "switch" else top_k, **options)
+MULTI = ("softmax", "top_k_softmax", "sigmoid", "sqrt_softplus")
 
 
 def route_tokens(router_logits):
@@ -73,11 +70,18 @@ def test_weights_stay_finite_where_every_kept_score_underflows():
     assert torch.isfinite(router.weight.grad).all()
 
 
+SCORES = {
+    "sigmoid": lambda logits: 1 / (1 + torch.exp(-logits)),
+    "sqrt_softplus": lambda logits: torch.log(1 + torch.exp(logits)).sqrt(),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("normalize", [True, False])
-def test_sigmoid_weights(normalize):
+def test_weights_of_scores_for_each_expert_alone(name, normalize):
     x = torch.randn(64, 16)
-    router = make("sigmoid", normalize=normalize, scale=2.5)
-    values, ids = (1 / (1 + torch.exp(-(x @ router.weight.T)))).topk(2, -1)
+    router = make(name, normalize=normalize, scale=2.5)
+    values, ids = SCORES[name](x @ router.weight.T).topk(2, -1)
     routing = router(x)
     assert torch.equal(routing.expert_ids, ids.int())
     expected = values / values.sum(-1, keepdim=True) if normalize else values
@@ -115,12 +119,11 @@ def test_bias_moves_selection_and_not_weights(name):
     torch.testing.assert_close(routing.scores, plain.scores)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", TOP_K_IN_EVALUATION)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_routes_as_float64_does(name, autocast):
     """Every token whose float64 logits are further apart than float32 can err goes where float64 sends it."""
-    torch.manual_seed(0)
-    router = ROUTERS[name](128, 64, 1 if name == "switch" else 8).bfloat16()
+    router = make(name, 128, 64, 8).bfloat16().eval()
     x = torch.randn(4000, 128).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         routing = router(x)
@@ -146,7 +149,8 @@ def test_bfloat16_logits_would_fail_that_test():
 @pytest.mark.parametrize("name", ROUTERS)
 def test_float64_layers_route_in_float64(name):
     router = make(name).double()
-    routing = router(torch.randn(5, 16, dtype=torch.float64))
+    x = torch.randn(5, 16, dtype=torch.float64)
+    routing = router(x, token_ids=ids_of(x))
     assert routing.logits.dtype == routing.weights.dtype == torch.float64
 
 
@@ -169,9 +173,11 @@ def test_every_token_gets_distinct_experts_and_permuting_tokens_permutes_them(nu
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_masked_tokens_get_no_expert_and_no_weight(name):
-    router = make(name)
+    """Nor do they change another's: also not where a decision is one for the whole batch."""
+    router = make(name).train(name != "noisy_top_k")
     x, mask = torch.randn(10, 16), torch.tensor([True, False] * 5)
-    routing, alone = router(x, mask), router(x[mask])
+    ids = ids_of(x).where(mask, -100)
+    routing, alone = router(x, mask, token_ids=ids), router(x[mask], token_ids=ids[mask])
     assert (routing.expert_ids[~mask] == -1).all()
     assert (routing.weights[~mask] == 0).all()
     assert torch.equal(routing.expert_ids[mask], alone.expert_ids)
@@ -181,11 +187,14 @@ def test_masked_tokens_get_no_expert_and_no_weight(name):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_replayed_decision_is_kept_and_its_weights_carry_gradients(name):
     router = make(name)
-    x, ids = torch.randn(6, 16), torch.randint(0, 8, (6, 1 if name == "switch" else 2), dtype=torch.int32)
+    x, ids = torch.randn(6, 16), torch.rand(6, 8).argsort(-1)[:, : router.num_slots].int()
     ids[0] = -1
-    routing = router(x, replay=lambda *_: ids)
+    routing = router(x, replay=lambda *_: ids, token_ids=ids_of(x))
     assert torch.equal(routing.expert_ids, ids)
     assert (routing.weights[0] == 0).all()
+    chosen = routing.scores[1:].gather(1, ids[1:].long())
+    expected = chosen / chosen.sum(-1, keepdim=True) if router.normalize else chosen
+    torch.testing.assert_close(routing.weights[1:], expected)
     routing.weights[1:].square().sum().backward()
     assert router.weight.grad.abs().sum() > 0
 
