@@ -3,8 +3,8 @@
 Sizes: T tokens, E experts, K experts per token (``top_k``), N = T * K assignments.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, final
+from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,8 +70,14 @@ class Routing:
 
     def detach(self) -> "Routing":
         """The same decision without gradients."""
-        found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Routing(**{n: value.detach() if isinstance(value, Tensor) else value for n, value in found.items()})
+        probability = self.selection_probability
+        return replace(
+            self,
+            weights=self.weights.detach(),
+            scores=self.scores.detach(),
+            logits=self.logits.detach(),
+            selection_probability=None if probability is None else probability.detach(),
+        )
 
     def tokens_per_expert(self) -> Int[Tensor, " E"]:
         """How many assignments each expert gets, int64, without waiting for the device."""

@@ -225,6 +225,7 @@ def test_routers_losses_and_operations_are_all_described() -> None:
 
 PACKAGES = ["moe", "moe.routing", "moe.balance", "moe.experts", "moe.dispatch", "moe.monitor", "moe.models"]
 PACKAGES += ["moe.parallel", "moe.verify", "moe.checkpoint", "moe.training.data", "moe.training.report"]
+PACKAGES += ["moe.integrations"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -68,4 +68,4 @@ def read_result(path: Path, fingerprint: str | None = None) -> Result | None:
         result = Result(**found)
     except (OSError, ValueError, TypeError):
         return None
-    return result if result.format == FORMAT else None
+    return result if result.format == FORMAT and fingerprint in (None, result.fingerprint) else None

@@ -7,6 +7,7 @@ from moe.balance.bias import MomentumBias, RmsBias, ScoreBias
 from moe.balance.calls import Call, CallLog, PendingLoss
 from moe.balance.device_losses import CommunicationBalance, DeviceBalance
 from moe.balance.importance import ImportanceLoss, LoadLoss
+from moe.balance.lookahead import LookaheadBias
 from moe.balance.protocols import AdaptiveLoss, BalanceLoss, BiasRule, WeightLoss
 from moe.balance.quantile import QuantileBias, exact_quantile_bias
 from moe.balance.router_losses import RouterOrthogonality, RouterSimilarity, RouterZLoss
@@ -39,6 +40,7 @@ __all__ = [
     "DeviceBalance",
     "ImportanceLoss",
     "LoadLoss",
+    "LookaheadBias",
     "MomentumBias",
     "PendingLoss",
     "QuantileBias",

@@ -8,18 +8,18 @@ scalar of such vectors when the loss is asked for.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.balance.calls import PendingLoss
+from moe.balance.observed import MarginCounter, TokenSample
 from moe.balance.shares import Scope, ShareLoss, probability_sum
 from moe.balance.step_counts import StepCounts
 from moe.balance.terms import Terms
 from moe.buffers import Float32Buffers
-from moe.kernels.margins import BINS, count_margins
 from moe.types import Routing
 
 
@@ -74,7 +74,7 @@ class Balancer(Float32Buffers):
         for name, loss in terms.adaptive.items():
             self.register_buffer(f"{name}_state", torch.empty(loss.initial_state().shape, device=device))
         self.reset_parameters()
-        self.margins = MarginCounter(num_experts)
+        self.margins, self.sample = MarginCounter(num_experts), TokenSample()
         self.planned: StepLoad | None = None
         """Known ahead of the step, see ``moe.count_ahead``."""
         self._so_far: Tensor | None = None
@@ -89,8 +89,9 @@ class Balancer(Float32Buffers):
 
     @property
     def needs_margins(self) -> bool:
-        """Whether the bias rule reads the margins of decisions."""
-        return self.terms.bias_rule is not None and self.terms.bias_rule.needs_margins
+        """Whether the bias rule reads margins, of this step's decisions or of a sample."""
+        rule = self.terms.bias_rule
+        return rule is not None and (rule.needs_margins or rule.sample > 0)
 
     def parts(self, routing: Routing, weight: Float[Tensor, "E D"]) -> Float[Tensor, " P"] | None:
         """What the losses of one call are made of, ``(1,)`` or ``(1 + E,)``; None without losses.
@@ -134,10 +135,15 @@ class Balancer(Float32Buffers):
         return self._so_far
 
     @torch.no_grad()
-    def observe(self, routing: Routing, score_bias: Float[Tensor, " E"] | None) -> None:
-        """Count what the bias rule needs beside the load of experts, of one call in training mode."""
-        if self.needs_margins and score_bias is not None:
+    def observe(self, routing: Routing, tokens: Float[Tensor, "T D"], score_bias: Float[Tensor, " E"] | None) -> None:
+        """Note what the bias rule needs beside the load of experts, of one call in training mode."""
+        rule = self.terms.bias_rule
+        if rule is None or score_bias is None:
+            return
+        if rule.needs_margins:
             self.margins.count(routing, score_bias)
+        if rule.sample:
+            self.sample.keep(tokens, routing.token_mask, rule.sample)
 
     @torch.no_grad()
     def step(self, score_bias: Float[Tensor, " E"] | None, counts: StepCounts) -> None:
@@ -164,34 +170,3 @@ class Balancer(Float32Buffers):
     def extra_repr(self) -> str:
         """The terms in the module's printed form."""
         return ", ".join(repr(term) for term in self.terms.all)
-
-
-@final
-class MarginCounter:
-    """Adds up the margins of decisions; see `moe.kernels.margins`. No buffer: it is of one step and of one device."""
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-        self._counts: Tensor | None = None
-
-    def count(self, routing: Routing, score_bias: Float[Tensor, " E"]) -> None:
-        """Add one call."""
-        counts = count_margins(routing.scores, routing.expert_ids, score_bias, routing.token_mask)
-        self._counts = counts if self._counts is None else self._counts + counts
-
-    def zero(self, device: torch.device) -> Int[Tensor, "E bins"]:
-        """Of no call."""
-        return torch.zeros(self.num_experts, BINS, dtype=torch.int32, device=device)
-
-    def take(self) -> Int[Tensor, "E bins"] | None:
-        """What was counted since the last time; starts again from zero."""
-        counts, self._counts = self._counts, None
-        return counts
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "MarginCounter":
-        """A copied layer has counted nothing yet."""
-        return MarginCounter(self.num_experts)
-
-    def __reduce__(self) -> tuple[type["MarginCounter"], tuple[int]]:
-        """An unpickled layer has counted nothing yet."""
-        return MarginCounter, (self.num_experts,)

@@ -37,6 +37,7 @@ class ScoreBias:
     rate: float = 1e-3
 
     needs_margins: ClassVar[bool] = False
+    sample: ClassVar[int] = 0
     state_rows: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +70,7 @@ class RmsBias:
     rate: float = 1e-3
 
     needs_margins: ClassVar[bool] = False
+    sample: ClassVar[int] = 0
     state_rows: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -110,6 +112,7 @@ class MomentumBias:
     sharpness: float = 2.0
 
     needs_margins: ClassVar[bool] = False
+    sample: ClassVar[int] = 0
     state_rows: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

@@ -60,7 +60,14 @@ class BiasRule(Protocol):
 
     @property
     def needs_margins(self) -> bool:
-        """Whether it reads ``StepCounts.margins``."""
+        """Whether it reads ``StepCounts.margins``, counted over all decisions of the step."""
+
+    @property
+    def sample(self) -> int:
+        """How many tokens of each call are scored again after the step, with the router's new weight; 0 for none.
+
+        ``StepCounts.margins`` are then theirs.
+        """
 
     @property
     def state_rows(self) -> int:

@@ -45,6 +45,7 @@ class QuantileBias:
     damping: float = 1.0
 
     needs_margins: ClassVar[bool] = True
+    sample: ClassVar[int] = 0
     state_rows: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

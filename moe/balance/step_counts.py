@@ -25,5 +25,5 @@ class StepCounts:
     """K, experts a token; on average, where the router decides how many."""
 
     margins: Int[Tensor, "E bins"] | None = None
-    """int32; how many tokens miss an expert by how much, see `moe.kernels.margins`; counted with the bias of this step.
-    None where no rule needs them."""
+    """int32; how many tokens miss an expert by how much, see `moe.kernels.margins`; counted with the bias of this step,
+    over its decisions or over a sample of its tokens under the router's new weight. None where no rule needs them."""

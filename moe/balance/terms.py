@@ -8,6 +8,7 @@ from moe.balance.adaptive import AdaptiveL1
 from moe.balance.bias import MomentumBias, RmsBias, ScoreBias
 from moe.balance.device_losses import CommunicationBalance, DeviceBalance
 from moe.balance.importance import ImportanceLoss, LoadLoss
+from moe.balance.lookahead import LookaheadBias
 from moe.balance.protocols import AdaptiveLoss, BalanceLoss, BiasRule, WeightLoss
 from moe.balance.quantile import QuantileBias
 from moe.balance.router_losses import RouterOrthogonality, RouterSimilarity, RouterZLoss
@@ -40,6 +41,7 @@ BIAS_RULES: Mapping[str, Callable[..., BiasRule]] = {
     "rms_bias": RmsBias,
     "momentum_bias": MomentumBias,
     "quantile_bias": QuantileBias,
+    "lookahead_bias": LookaheadBias,
 }
 """Controllers without a loss by the name that a ``balance`` mapping takes."""
 

@@ -191,7 +191,7 @@ class MoE(nn.Module):
         # No view, which FSDP2 would warn about: nobody else has the tensor that it would be a view of.
         y = torch.ops.aten._unsafe_view(y, x.shape)
         # Counted only now: a call that fails on the way has not happened.
-        if not in_backward() and self._count(chosen, kept):
+        if not in_backward() and self._count(chosen, kept, tokens):
             return y
         if self.training or torch.is_grad_enabled():
             if not repeated:
@@ -232,7 +232,7 @@ class MoE(nn.Module):
         kept = chosen if call.kept is call.chosen else chosen.keep(call.kept >= 0)
         return chosen, kept, call
 
-    def _count(self, chosen: Routing, kept: Routing) -> bool:
+    def _count(self, chosen: Routing, kept: Routing, tokens: Tensor) -> bool:
         """Note a new decision; returns whether it is only announced, as the step's own pass comes later."""
         for observer in self.observers:
             observer(chosen, kept)
@@ -241,7 +241,7 @@ class MoE(nn.Module):
             return True
         (self.training_load if self.training else self.evaluation_load).count(chosen, kept)
         if self.training:
-            self.balancer.observe(chosen, self.router.score_bias)
+            self.balancer.observe(chosen, tokens, self.router.score_bias)
         return False
 
     def _check(self, x: Tensor, token_mask: Tensor | None, token_ids: Tensor | None) -> None:

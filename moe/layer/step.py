@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from moe.balance import PendingLoss, StepCounts, StepLoad
 from moe.errors import ConfigError
+from moe.kernels.route.logits import router_logits
 from moe.layer.moe import MoE, PoolCounts, moe_layers
 from moe.monitor import LoadStats
+from moe.routing import Tokens
 
 Collected = list[tuple[Tensor, PendingLoss]]
 
@@ -62,7 +64,7 @@ def balance_step(model: nn.Module, *, skipped: bool = False) -> dict[str, LoadSt
                 stacklevel=2,
             )
         _end_script(name, layer)
-    margins = {layer: layer.balancer.margins.take() for _, layer in moe_layers(model) if layer.balancer.needs_margins}
+    margins = {layer: _margins(layer) for _, layer in moe_layers(model) if layer.balancer.needs_margins}
     loads = _take({name: (layer, layer.training_load.take()) for name, layer in moe_layers(model)}, margins)
     for name, layer in moe_layers(model):
         layer.balancer.end_step()
@@ -122,6 +124,21 @@ def _counts_of(layer: MoE, calls: Collected) -> Int[Tensor, " C"]:
         assert pending.tokens_per_expert is not None
         counts = counts + torch.cat([pending.tokens_per_expert, pending.num_tokens[None]])
     return counts
+
+
+@torch.no_grad()
+def _margins(layer: MoE) -> Tensor | None:
+    """The margins that a layer's bias rule moves by; those of a sample are under the router's weight of now."""
+    router, balancer = layer.router, layer.balancer
+    rule = balancer.terms.bias_rule
+    if rule is not None and rule.sample and router.score_bias is not None:
+        # FSDP2 leaves each device a part of the weight; all of them come by here, with or without tokens.
+        whole = getattr(router.weight, "full_tensor", None)
+        weight = router.weight if whole is None else whole()
+        for tokens, mask in balancer.sample.take():
+            logits = router_logits(tokens, weight, batch_invariant=router.batch_invariant)
+            balancer.margins.count(router.decide(logits, Tokens(mask), None), router.score_bias)
+    return balancer.margins.take()
 
 
 def _end_script(name: str, layer: MoE) -> None:

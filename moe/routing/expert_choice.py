@@ -86,10 +86,7 @@ class ExpertChoiceRouter(Router):
         order = torch.sort(values, dim=0, descending=True, stable=True).indices
         places = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
         rank = torch.empty_like(order).scatter_(0, order, places)
-        is_taken = rank < capacity
-        if tokens.mask is not None:
-            is_taken &= tokens.mask[:, None]
-        return fill_slots(scores, is_taken, self.num_slots)
+        return fill_slots(scores, rank < capacity, self.num_slots)
 
     def _capacity(self, num_tokens: int, mask: Bool[Tensor, " T"] | None) -> int | Int[Tensor, ""]:
         share = self.capacity_factor * self.top_k / self.num_experts

@@ -1,6 +1,5 @@
 """Sinkhorn routing: a batch's choices from an assignment that is balanced softly."""
 
-import math
 from typing import Any, final
 
 import torch
@@ -90,17 +89,15 @@ def sinkhorn_plan(
 
 def _prices(logits: Tensor, token_mask: Tensor | None, iterations: int) -> Float[Tensor, " E"]:
     """What to subtract from each expert's logits, so that its softmax over experts sums to tokens / E."""
-    num_tokens, num_experts = logits.shape
-    share: float | Tensor = math.log(max(num_tokens, 1) / num_experts)
     if token_mask is not None:
-        share = (token_mask.sum().clamp(min=1) / num_experts).log()
         # What padding holds may be infinite, and -inf less -inf is NaN.
         logits = logits.masked_fill(~token_mask[:, None], 0.0)
-    prices = logits.new_zeros(num_experts)
+    prices = logits.new_zeros(logits.shape[1])
     for _ in range(iterations):
         rows = (logits - prices).log_softmax(-1)
         if token_mask is not None:
             rows = rows.masked_fill(~token_mask[:, None], -torch.inf)
-        prices = prices + rows.logsumexp(0) - share
-        prices = prices.nan_to_num(neginf=0.0)  # no token at all: there is nothing to balance
+        prices = prices + rows.logsumexp(0)
+        # Their level does not matter, and would rise by log(tokens / E) each time. NaN: there is no token at all.
+        prices = (prices - prices.max()).nan_to_num(0.0)
     return prices

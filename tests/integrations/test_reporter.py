@@ -81,6 +81,13 @@ def test_the_worst_of_all_layers() -> None:
     assert first.figures()["balance/worst/entropy"] == pytest.approx(math.log(2) / math.log(3))
 
 
+def test_the_floor_beside_the_worst_is_that_of_its_layer() -> None:
+    loads = {"a": stats([2, 1, 0]), "b": stats([30, 0, 0]), "c": stats([1, 1, 1])}
+    figures = added(BalanceReporter(each_layer=False), [loads]).figures()
+    assert figures["balance/worst/max_vio"] == pytest.approx(2)
+    assert figures["balance/worst/max_vio_floor"] == pytest.approx(math.sqrt(2 * math.log(3) / 10))
+
+
 def test_reports_are_handed_on_when_due() -> None:
     kept, others = Kept(), Kept()
     added(BalanceReporter(kept, others, every=2), STEPS * 2)
@@ -207,9 +214,14 @@ def test_tensorboard_has_every_finite_figure(tmp_path) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         reporter = BalanceReporter(TensorBoard(writer), every=1, pool_steps=1)
         added(reporter, [STEPS[0], {"a": stats([1, 3], top=math.nan)}])
-        events = EventAccumulator(str(tmp_path)).Reload()  # before the writer closes: it was flushed
-        tags = events.Tags()["scalars"]
-        assert set(tags) == added(BalanceReporter(), STEPS[:1]).figures().keys()
-        read = [(event.step, event.value) for event in events.Scalars("balance/max_vio/a")]
-        assert read == [(1, pytest.approx(0.75)), (2, pytest.approx(0.5))]
-        assert [event.step for event in events.Scalars("balance/confidence/a")] == [1]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == added(BalanceReporter(), STEPS[:1]).figures().keys()
+    read = [(event.step, event.value) for event in events.Scalars("balance/max_vio/a")]
+    assert read == [(1, pytest.approx(0.75)), (2, pytest.approx(0.5))]
+    assert [event.step for event in events.Scalars("balance/confidence/a")] == [1]
+
+
+def test_tensorboard_has_a_report_at_once(tmp_path) -> None:
+    with SummaryWriter(str(tmp_path), flush_secs=600) as writer:
+        added(BalanceReporter(TensorBoard(writer), every=1, each_layer=False), STEPS[:1])
+        assert len(EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]) == 6

@@ -147,6 +147,14 @@ def test_evaluation_is_neither_counted_nor_penalised(tmp_path) -> None:
     assert moe.take_evaluation_load(model)["first"].tokens == 7 * 3 * 5  # four times in training, and just now
 
 
+def test_evaluation_before_any_training(tmp_path) -> None:
+    model = moe_llama()
+    trainer, _ = make(model, sentences(2), tmp_path, eval_dataset=sentences(2))
+    plain = trainer.evaluate()["eval_loss"]
+    balance_trainer(trainer)
+    assert trainer.evaluate()["eval_loss"] == plain
+
+
 def test_the_callback_alone(tmp_path) -> None:
     """For a Trainer whose loss has the balance loss in it; the model's own tracker sees each step once."""
 
