@@ -18,7 +18,7 @@ from sweep.result import Load, Result
 CPU = torch.device("cpu")
 CAPACITIES = (1.0, 1.25)
 """Capacity factors whose drops are reported."""
-TIME_BINS = 20
+TIME_BINS = 30
 """Of a heat map."""
 _NOISE = 1e-6
 """As in the layer's own capacity: 0.1 * 3 / 3 * 10 is a little above 1 in binary."""

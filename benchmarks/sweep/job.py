@@ -84,8 +84,8 @@ def read_job(overrides: Sequence[str]) -> Job:
     tree: Any = OmegaConf.to_container(
         OmegaConf.masked_copy(composed, [*_TRAINING, "root", "router", "seed"]), resolve=True
     )
-    names = (_name(chosen[group], group, composed.hydra.overrides.task) for group in ("router", "balance"))
-    return Job(*names, {key: tree[key] for key in _TRAINING} | {"resume": "never"}, Path(tree["root"]))
+    router, balance = (_name(chosen[group], group, composed.hydra.overrides.task) for group in ("router", "balance"))
+    return Job(router, balance, {key: tree[key] for key in _TRAINING} | {"resume": "never"}, Path(tree["root"]))
 
 
 def _name(choice: str, group: str, overrides: Sequence[str]) -> str:

@@ -81,7 +81,7 @@ def plot_heat_maps(rows: Sequence[Row], path: Path) -> None:
     colors = mpl.colormaps["PuOr_r"]
     norm = BoundaryNorm(LEVELS, colors.N, extend="max")
     picture = None
-    for axis, row in zip(grid.flat, rows):
+    for number, (axis, row) in enumerate(zip(grid.flat, rows)):
         load = heat_map(row.results[0])
         order = np.argsort(-load[:, -1], kind="stable")
         steps = len(row.results[0].steps)
@@ -90,7 +90,8 @@ def plot_heat_maps(rows: Sequence[Row], path: Path) -> None:
             load[order], cmap=colors, norm=norm, aspect="auto", extent=extent, interpolation="none", rasterized=True
         )
         axis.set_title(row.name.replace(" / ", "\n"), fontsize=8)
-        axis.tick_params(labelsize=7)
+        lowest = number >= len(rows) - COLUMNS
+        axis.tick_params(labelsize=7, left=number % COLUMNS == 0, bottom=lowest, labelbottom=lowest)  # marks are heavy
     for axis in grid.flat[len(rows) :]:
         axis.set_visible(False)
     figure.supxlabel("training step", fontsize=9)

@@ -8,7 +8,7 @@ from moe.balance.calls import Call, CallLog, PendingLoss
 from moe.balance.device_losses import CommunicationBalance, DeviceBalance
 from moe.balance.importance import ImportanceLoss, LoadLoss
 from moe.balance.lookahead import LookaheadBias
-from moe.balance.protocols import AdaptiveLoss, BalanceLoss, BiasRule, WeightLoss
+from moe.balance.protocols import AdaptiveLoss, BalanceLoss, BiasRule, MarginRequest, WeightLoss
 from moe.balance.quantile import QuantileBias, exact_quantile_bias
 from moe.balance.router_losses import RouterOrthogonality, RouterSimilarity, RouterZLoss
 from moe.balance.share_losses import SquaredDeviation, SwitchLoss
@@ -41,6 +41,7 @@ __all__ = [
     "ImportanceLoss",
     "LoadLoss",
     "LookaheadBias",
+    "MarginRequest",
     "MomentumBias",
     "PendingLoss",
     "QuantileBias",

@@ -8,14 +8,14 @@ scalar of such vectors when the loss is asked for.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.balance.calls import PendingLoss
-from moe.balance.observed import MarginCounter, TokenSample
+from moe.balance.observed import MarginCounter, TokenSample, every, every_row
 from moe.balance.shares import Scope, ShareLoss, probability_sum
 from moe.balance.step_counts import StepCounts
 from moe.balance.terms import Terms
@@ -53,6 +53,7 @@ class Balancer(Float32Buffers):
     """
 
     bias_state: Tensor | None
+    steps: Tensor | None
 
     def __init__(
         self,
@@ -73,6 +74,8 @@ class Balancer(Float32Buffers):
         self.register_buffer("bias_state", torch.zeros(rows, num_experts, device=device) if rows else None)
         for name, loss in terms.adaptive.items():
             self.register_buffer(f"{name}_state", torch.empty(loss.initial_state().shape, device=device))
+        counts_steps = terms.bias_rule is not None and terms.bias_rule.margins_at(0) is not None
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device) if counts_steps else None)
         self.reset_parameters()
         self.margins, self.sample = MarginCounter(num_experts), TokenSample()
         self.planned: StepLoad | None = None
@@ -86,12 +89,22 @@ class Balancer(Float32Buffers):
         for name, loss in self.terms.adaptive.items():
             state = self._state(name)
             state.copy_(loss.initial_state())
+        if self.steps is not None:
+            self.steps.zero_()
+        self._count_steps(0)
 
-    @property
-    def needs_margins(self) -> bool:
-        """Whether the bias rule reads margins, of this step's decisions or of a sample."""
+    def _count_steps(self, steps: int) -> None:
+        """Know on the host how many steps there were, so that nothing has to ask the device."""
         rule = self.terms.bias_rule
-        return rule is not None and (rule.needs_margins or rule.sample > 0)
+        self.step_number = steps
+        self.request = None if rule is None else rule.margins_at(steps)
+        """Which margins of this step the bias rule wants."""
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """Load as any module does; waits for the device where the rule counts steps."""
+        super()._load_from_state_dict(*args, **options)
+        if self.steps is not None and not self.steps.is_meta:
+            self._count_steps(int(self.steps))
 
     def parts(self, routing: Routing, weight: Float[Tensor, "E D"]) -> Float[Tensor, " P"] | None:
         """What the losses of one call are made of, ``(1,)`` or ``(1 + E,)``; None without losses.
@@ -137,13 +150,13 @@ class Balancer(Float32Buffers):
     @torch.no_grad()
     def observe(self, routing: Routing, tokens: Float[Tensor, "T D"], score_bias: Float[Tensor, " E"] | None) -> None:
         """Note what the bias rule needs beside the load of experts, of one call in training mode."""
-        rule = self.terms.bias_rule
-        if rule is None or score_bias is None:
+        if self.request is None or score_bias is None:
             return
-        if rule.needs_margins:
-            self.margins.count(routing, score_bias)
-        if rule.sample:
-            self.sample.keep(tokens, routing.token_mask, rule.sample)
+        part = every(routing, self.request.tokens)
+        if self.request.ahead or self.request.drift:
+            self.sample.keep(every_row(tokens, self.request.tokens), part)
+        if not self.request.ahead:
+            self.margins.count(part, score_bias)
 
     @torch.no_grad()
     def step(self, score_bias: Float[Tensor, " E"] | None, counts: StepCounts) -> None:
@@ -155,6 +168,9 @@ class Balancer(Float32Buffers):
             score_bias.copy_(bias)
             if self.bias_state is not None:
                 self.bias_state.copy_(state)
+            if self.steps is not None:
+                self.steps += 1
+                self._count_steps(self.step_number + 1)
         for name, loss in self.terms.adaptive.items():
             state = self._state(name)
             state.copy_(loss.updated(state, counts))

@@ -36,12 +36,13 @@ class ScoreBias:
 
     rate: float = 1e-3
 
-    needs_margins: ClassVar[bool] = False
-    sample: ClassVar[int] = 0
     state_rows: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         require_positive(rate=self.rate)
+
+    def margins_at(self, step: int) -> None:
+        """Counts are enough."""
 
     def updated(
         self, bias: Float[Tensor, " E"], state: Float[Tensor, "0 E"], counts: StepCounts
@@ -69,21 +70,19 @@ class RmsBias:
 
     rate: float = 1e-3
 
-    needs_margins: ClassVar[bool] = False
-    sample: ClassVar[int] = 0
     state_rows: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         require_positive(rate=self.rate)
 
+    def margins_at(self, step: int) -> None:
+        """Counts are enough."""
+
     def updated(
         self, bias: Float[Tensor, " E"], state: Float[Tensor, "0 E"], counts: StepCounts
     ) -> tuple[Float[Tensor, " E"], Float[Tensor, "0 E"]]:
         """The bias for the next step."""
-        # E * sum(c) times what the formula has, above and below. Integers whose sum is 0 have a root mean square of at
-        # least 1 unless all are 0: they are multiples of E, or none is 0.
-        excess = _excess(counts.tokens_per_expert).float()
-        return bias - self.rate * excess / excess.square().mean().sqrt().clamp(min=1), state
+        return bias + self.rate * rms_direction(counts.tokens_per_expert), state
 
 
 @final
@@ -111,14 +110,15 @@ class MomentumBias:
     momentum: float = 0.5
     sharpness: float = 2.0
 
-    needs_margins: ClassVar[bool] = False
-    sample: ClassVar[int] = 0
     state_rows: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         require_positive(rate=self.rate, sharpness=self.sharpness)
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum={self.momentum} must be in [0, 1)")
+
+    def margins_at(self, step: int) -> None:
+        """Counts are enough."""
 
     def updated(
         self, bias: Float[Tensor, " E"], state: Float[Tensor, "1 E"], counts: StepCounts
@@ -129,6 +129,14 @@ class MomentumBias:
         moved = self.momentum * state[0] + (1 - self.momentum) * (step - step.mean())
         some = counts.tokens > 0
         return torch.where(some, bias + moved, bias), torch.where(some, moved[None], state)
+
+
+def rms_direction(c: Int[Tensor, " E"]) -> Float[Tensor, " E"]:
+    """``(1/E - f_e) / RMS(f - 1/E)`` of counts, 0 where they are exactly even."""
+    # E * sum(c) times what the formula has, above and below. Integers whose sum is 0 have a root mean square of at
+    # least 1 unless all are 0: they are multiples of E, or none is 0.
+    excess = _excess(c).float()
+    return -excess / excess.square().mean().sqrt().clamp(min=1)
 
 
 def _excess(c: Int[Tensor, " E"]) -> Int[Tensor, " E"]:

@@ -1,72 +1,97 @@
-"""Quantile balancing one step ahead: the bias is found for the router that the next batch will meet.
+"""Quantile balancing one step ahead, then small steps by counts.
 
 A bias that is found from the scores of a step suits the router of that step, but the optimizer has moved the router
-since. Here some tokens of the step are scored again with the new weight, and the quantile is taken of those margins.
-Nothing leaks: these tokens were trained on already, with the old bias.
+since, most of all at the beginning. So tokens of the step are scored again with the new weight, and the quantile is
+taken of those margins. Nothing leaks: they were trained on already, with the old bias. Later the router is slower, and
+the noise of each batch is what is left; a quantile takes all of it into the bias, a small step by the counts little.
 
-Notation as in `moe.balance.quantile`; t counts steps from 0.
+Notation as in `moe.balance.quantile` and `moe.balance.bias`; t counts steps from 0.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, where
 
+from moe.balance.bias import rms_direction
+from moe.balance.protocols import MarginRequest
 from moe.balance.step_counts import StepCounts
 from moe.config import require_positive, require_positive_integer
 from moe.errors import ConfigError
-from moe.kernels.margins import quantile
+from moe.kernels.margins import bin_edges, quantile
+
+_LATE_SAMPLE = 512
+"""Tokens of each call whose margins measure a late step, and on which the drift is taken: both can be a little off."""
 
 
 @final
 @dataclass(frozen=True)
 class LookaheadBias:
-    """Move each bias by a part of the K/E quantile of its expert's margins under the router's new weight.
+    """First to the K/E quantile of each expert's margins under the router's new weight, then in steps by the counts.
 
-    ``b_e += gain_t * quantile_{K/E}(m_e)``, then centred, with ``gain_t = max(gain, 1 / (1 + t / slowdown))``: whole
-    moves at first, when the router changes fast, and smaller ones later, when the noise of a batch is what is left. As
-    any quantile it has no scale, so it suits any score function.
+    In the first ``early_steps`` the move is ``q_e = quantile_{K/E}(m_e)`` with margins under the new weight. After them
+    it is ``rate * M * (1/E - f_e) / RMS(f - 1/E)``, with M the mean absolute margin, but not above ``limit * |q_e|``:
+    what is nearly right moves little. To this is added what undoes the drift: by as much as the new weight has raised
+    an expert's scores on the mean token, its bias falls. Every move is centred. Steps are measured by margins, so the
+    same numbers suit every score function.
 
-    After each step the layer scores ``sample`` tokens of each of its calls once more: one product of the router, and as
-    many rows of its input are kept until then. With several devices each keeps its own, and their histograms add up.
+    The layer scores tokens of each of its calls once more after the step: ``sample`` early, 512 later. That is a
+    product of the router, and as many rows of its input are kept until then. With several devices each takes its own,
+    and their histograms and sums add up; the counts are of all tokens.
 
     Args:
-        gain: the part of each move that is made in the long run, in (0, 1].
-        slowdown: steps after which half a move is made.
-        sample: tokens of each call, evenly spaced over it; all where it has fewer.
+        rate: root mean square of a late step, over the mean absolute margin.
+        limit: the longest late step, over the one that the margins ask for.
+        early_steps: how many there are; a little more than those in which the learning rate warms up.
+        sample: tokens of each call, evenly spaced over it; all where it has fewer. Of n tokens an expert should get
+            ``n K / E``, and chance adds or takes the root of that.
 
     Raises:
-        ConfigError: an argument is not positive, or gain above 1.
+        ConfigError: an argument is not positive.
 
-    Source: ours; the quantile is J. Su's (kexue.fm/archives/11619).
+    Source: ours; the quantile is J. Su's (kexue.fm/archives/11619), the normalised step too (kexue.fm/archives/10757).
     """
 
-    gain: float = 0.3
-    slowdown: float = 100.0
-    sample: int = 512
+    rate: float = 0.08
+    limit: float = 0.5
+    early_steps: int = 50
+    sample: int = 2048
 
-    needs_margins: ClassVar[bool] = False
-    state_rows: ClassVar[int] = 1
+    state_rows: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        require_positive(gain=self.gain, slowdown=self.slowdown)
-        require_positive_integer(sample=self.sample)
-        if self.gain > 1:
-            raise ConfigError(f"gain={self.gain} must be at most 1")
+        require_positive(rate=self.rate, limit=self.limit)
+        require_positive_integer(early_steps=self.early_steps, sample=self.sample)
+
+    def margins_at(self, step: int) -> MarginRequest:
+        """Early under the new weight, late as decided, with the drift."""
+        is_early = step < self.early_steps
+        return MarginRequest(self.sample, ahead=True) if is_early else MarginRequest(_LATE_SAMPLE, drift=True)
 
     def updated(
-        self, bias: Float[Tensor, " E"], state: Float[Tensor, "1 E"], counts: StepCounts
-    ) -> tuple[Float[Tensor, " E"], Float[Tensor, "1 E"]]:
-        """The bias for the next step, and in the state how many steps there were.
+        self, bias: Float[Tensor, " E"], state: Float[Tensor, "0 E"], counts: StepCounts
+    ) -> tuple[Float[Tensor, " E"], Float[Tensor, "0 E"]]:
+        """The bias for the next step.
 
         Raises:
             ConfigError: the counts are without margins.
         """
         if counts.margins is None:
-            raise ConfigError("counts.margins=None must be a histogram: a LookaheadBias moves by margins")
-        gain = (1 / (1 + state[0] / self.slowdown)).clamp(min=self.gain)
-        moved = bias + gain * quantile(counts.margins, counts.top_k / len(bias))
-        some = counts.tokens > 0
-        return torch.where(some, moved - moved.mean(), bias), torch.where(some, state + 1, state)
+            raise ConfigError("counts.margins=None must be a histogram: a LookaheadBias moves by the margins of a step")
+        move = quantile(counts.margins, counts.top_k / len(bias))
+        if counts.step >= self.early_steps:
+            longest = self.limit * (move - move.mean()).abs()
+            step = self.rate * _mean_margin(counts.margins) * rms_direction(counts.tokens_per_expert)
+            move = step.clamp(-longest, longest)
+            if counts.drift is not None:
+                move = move - counts.drift
+        moved = bias + move
+        return where(counts.tokens > 0, moved - moved.mean(), bias), state
+
+
+def _mean_margin(counts: Int[Tensor, "E bins"]) -> Float[Tensor, ""]:
+    """The mean absolute margin of a histogram, each at the middle of its bin; 0 where nothing was counted."""
+    edges = bin_edges(counts.device)
+    middle = (edges[1:] + edges[:-1]).abs() / 2
+    return (counts.sum(0) * middle).sum() / counts.sum().clamp(min=1)

@@ -1,10 +1,10 @@
 """What some bias rules need of a step beside its counts. No buffers: they are of one step and of one device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.kernels.margins import BINS, count_margins
@@ -46,7 +46,7 @@ class MarginCounter:
 @dataclass(frozen=True)
 class _Kept:
     tokens: Float[Tensor, "T D"]
-    mask: Bool[Tensor, " T"] | None
+    routing: Routing
     previous: "_Kept | None"
     """A chain and not a list, whose length a compiled layer would be compiled for."""
 
@@ -58,19 +58,16 @@ class TokenSample:
     def __init__(self) -> None:
         self._last: _Kept | None = None
 
-    def keep(self, tokens: Float[Tensor, "T D"], mask: Bool[Tensor, " T"] | None, size: int) -> None:
-        """Keep up to ``size`` tokens of a call, evenly spaced over it."""
-        stride = -(-max(len(tokens), 1) // size)
-        part = tokens.detach()[::stride]
-        part = part.clone() if stride > 1 else part  # a view would keep all of them
-        self._last = _Kept(part, None if mask is None else mask[::stride], self._last)
+    def keep(self, tokens: Float[Tensor, "T D"], routing: Routing) -> None:
+        """Keep tokens of a call and how they were decided."""
+        self._last = _Kept(tokens.detach(), routing.detach(), self._last)
 
-    def take(self) -> list[tuple[Float[Tensor, "T D"], Bool[Tensor, " T"] | None]]:
+    def take(self) -> list[tuple[Float[Tensor, "T D"], Routing]]:
         """What was kept since the last time, call by call, the last one first."""
         found, kept = [], self._last
         self._last = None
         while kept is not None:
-            found.append((kept.tokens, kept.mask))
+            found.append((kept.tokens, kept.routing))
             kept = kept.previous
         return found
 
@@ -81,3 +78,26 @@ class TokenSample:
     def __reduce__(self) -> tuple[type["TokenSample"], tuple[()]]:
         """An unpickled layer has seen nothing yet."""
         return TokenSample, ()
+
+
+def every(routing: Routing, size: int | None) -> Routing:
+    """The decision on at most ``size`` tokens, evenly spaced; itself for None. Sequences are no longer told apart."""
+    if size is None or len(routing.scores) <= size:
+        return routing
+    mask, probability = routing.token_mask, routing.selection_probability
+    return replace(
+        routing,
+        expert_ids=every_row(routing.expert_ids, size),
+        weights=every_row(routing.weights, size),
+        scores=every_row(routing.scores, size),
+        logits=every_row(routing.logits, size),
+        token_mask=None if mask is None else every_row(mask, size),
+        selection_probability=None if probability is None else every_row(probability, size),
+        num_sequences=1,
+    )
+
+
+def every_row(rows: Tensor, size: int | None) -> Tensor:
+    """At most ``size`` rows, evenly spaced and copied, as a view would keep all of them; ``rows`` itself for None."""
+    stride = 1 if size is None else -(-max(len(rows), 1) // size)
+    return rows if stride == 1 else rows[::stride].clone()

@@ -1,6 +1,7 @@
 """What a term of balance has to offer: the four kinds there are."""
 
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, final, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -51,6 +52,21 @@ class AdaptiveLoss(Protocol):
         """The state for the next step; the same where no token counts. Does not wait for the device."""
 
 
+@final
+@dataclass(frozen=True)
+class MarginRequest:
+    """Which margins of a step a bias rule wants, see `moe.kernels.margins`."""
+
+    tokens: int | None = None
+    """Of each call, evenly spaced over it; None for all."""
+
+    ahead: bool = False
+    """Of these tokens scored again after the step, with the router's new weight, and not as they were decided."""
+
+    drift: bool = False
+    """As they were decided; and these tokens are scored again after the step, for ``StepCounts.drift``."""
+
+
 @runtime_checkable
 class BiasRule(Protocol):
     """A controller: moves the bias that is added to scores for selection only, and is no loss.
@@ -58,15 +74,11 @@ class BiasRule(Protocol):
     Route with the old bias, then update: the other order would let a token's routing depend on later tokens.
     """
 
-    @property
-    def needs_margins(self) -> bool:
-        """Whether it reads ``StepCounts.margins``, counted over all decisions of the step."""
+    def margins_at(self, step: int) -> MarginRequest | None:
+        """What ``StepCounts.margins`` are to be in a step; None where the rule does not read them.
 
-    @property
-    def sample(self) -> int:
-        """How many tokens of each call are scored again after the step, with the router's new weight; 0 for none.
-
-        ``StepCounts.margins`` are then theirs.
+        Args:
+            step: how many steps there were before it. A rule that wants any margins wants some at 0.
         """
 
     @property

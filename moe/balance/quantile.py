@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe.balance.protocols import MarginRequest
 from moe.balance.step_counts import StepCounts
 from moe.config import require_positive, require_positive_integer, require_top_k
 from moe.errors import ConfigError
@@ -44,14 +45,16 @@ class QuantileBias:
 
     damping: float = 1.0
 
-    needs_margins: ClassVar[bool] = True
-    sample: ClassVar[int] = 0
     state_rows: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         require_positive(damping=self.damping)
         if self.damping > 1:
             raise ConfigError(f"damping={self.damping} must be at most 1")
+
+    def margins_at(self, step: int) -> MarginRequest:  # noqa: ARG002
+        """Those of all decisions."""
+        return MarginRequest()
 
     def updated(
         self, bias: Float[Tensor, " E"], state: Float[Tensor, "0 E"], counts: StepCounts

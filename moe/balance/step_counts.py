@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -27,3 +27,10 @@ class StepCounts:
     margins: Int[Tensor, "E bins"] | None = None
     """int32; how many tokens miss an expert by how much, see `moe.kernels.margins`; counted with the bias of this step,
     over its decisions or over a sample of its tokens under the router's new weight. None where no rule needs them."""
+
+    drift: Float[Tensor, " E"] | None = None
+    """float32; by how much each expert's score has changed with the router's weight, mean over a sample of tokens. None
+    where no rule asks for it."""
+
+    step: int = 0
+    """How many steps of this layer's rule there were before this one."""

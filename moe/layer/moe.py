@@ -136,7 +136,7 @@ class MoE(nn.Module):
         self.router = _fitting(router, dim, num_experts, top_k, needs_bias, batch_invariant)
         nulls = self.router.num_null_experts
         self.balancer = Balancer(terms, num_experts + nulls, nulls, top_k, device)
-        if self.balancer.needs_margins and self.router.num_groups is not None:
+        if self.balancer.request is not None and self.router.num_groups is not None:
             raise ConfigError(
                 f"num_groups={self.router.num_groups} beside {terms.bias_rule}: a token that may not choose an expert "
                 "has no margin to it; take score_bias or rms_bias"

@@ -1,7 +1,7 @@
 """What is done to all layers of a model at once, in each forward pass and after each optimizer step."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from moe.balance import PendingLoss, StepCounts, StepLoad
 from moe.errors import ConfigError
-from moe.kernels.route.logits import router_logits
 from moe.layer.moe import MoE, PoolCounts, moe_layers
+from moe.layer.seen import Seen, look
 from moe.monitor import LoadStats
-from moe.routing import Tokens
 
 Collected = list[tuple[Tensor, PendingLoss]]
 
@@ -64,13 +63,15 @@ def balance_step(model: nn.Module, *, skipped: bool = False) -> dict[str, LoadSt
                 stacklevel=2,
             )
         _end_script(name, layer)
-    margins = {layer: _margins(layer) for _, layer in moe_layers(model) if layer.balancer.needs_margins}
-    loads = _take({name: (layer, layer.training_load.take()) for name, layer in moe_layers(model)}, margins)
+    seen = {layer: look(layer) for _, layer in moe_layers(model) if layer.balancer.request is not None}
+    loads = _take({name: (layer, layer.training_load.take()) for name, layer in moe_layers(model)}, seen)
     for name, layer in moe_layers(model):
         layer.balancer.end_step()
         if name in loads and not skipped:
-            load = loads[name]
-            counts = StepCounts(load.tokens_per_expert, load.tokens, layer.top_k, margins.get(layer))
+            load, found = loads[name], seen.get(layer)
+            margins, drift = (None, None) if found is None else found.read()
+            number = layer.balancer.step_number
+            counts = StepCounts(load.tokens_per_expert, load.tokens, layer.top_k, margins, drift, number)
             layer.balancer.step(layer.router.score_bias, counts)
     return loads
 
@@ -126,21 +127,6 @@ def _counts_of(layer: MoE, calls: Collected) -> Int[Tensor, " C"]:
     return counts
 
 
-@torch.no_grad()
-def _margins(layer: MoE) -> Tensor | None:
-    """The margins that a layer's bias rule moves by; those of a sample are under the router's weight of now."""
-    router, balancer = layer.router, layer.balancer
-    rule = balancer.terms.bias_rule
-    if rule is not None and rule.sample and router.score_bias is not None:
-        # FSDP2 leaves each device a part of the weight; all of them come by here, with or without tokens.
-        whole = getattr(router.weight, "full_tensor", None)
-        weight = router.weight if whole is None else whole()
-        for tokens, mask in balancer.sample.take():
-            logits = router_logits(tokens, weight, batch_invariant=router.batch_invariant)
-            balancer.margins.count(router.decide(logits, Tokens(mask), None), router.score_bias)
-    return balancer.margins.take()
-
-
 def _end_script(name: str, layer: MoE) -> None:
     script, layer.script = layer.script, None
     if script is not None and script.left:
@@ -150,21 +136,22 @@ def _end_script(name: str, layer: MoE) -> None:
         )
 
 
-def _take(found: Mapping[str, tuple[MoE, LoadStats | None]], margins: dict[MoE, Tensor | None]) -> dict[str, LoadStats]:
-    """Loads over all devices, and in place the margins; of spread layers also those without a call here."""
+def _take(found: Mapping[str, tuple[MoE, LoadStats | None]], seen: dict[MoE, Seen]) -> dict[str, LoadStats]:
+    """Loads over all devices, and in place what was seen; of spread layers also those without a call here."""
     loads = {name: load for name, (_, load) in found.items() if load is not None}
     counts: dict[MoE, Tensor] = {}
     for _, (layer, load) in found.items():
         if layer.pool_counts is not None:
-            counts[layer] = torch.cat([_own(layer, load).to_counts(), *_own_margins(layer, margins)])
+            more = (seen[layer].counts,) if layer in seen else ()
+            counts[layer] = torch.cat([_own(layer, load).to_counts(), *more])
     pooled = pool(counts)
     for name, (layer, load) in found.items():
         if layer in pooled:
             own = _own(layer, load)
             size = len(own.to_counts())
             loads[name] = LoadStats.from_counts(pooled[layer][:size], own.num_null_experts)
-            if layer in margins:
-                margins[layer] = pooled[layer][size:].view(layer.balancer.num_experts, -1)
+            if layer in seen:
+                seen[layer] = replace(seen[layer], counts=pooled[layer][size:])
     return {name: loads[name] for name in found if name in loads}
 
 
@@ -173,9 +160,3 @@ def _own(layer: MoE, load: LoadStats | None) -> LoadStats:
         return load
     nulls = layer.router.num_null_experts
     return LoadStats.zero(layer.balancer.num_experts, layer.router.weight.device, nulls)
-
-
-def _own_margins(layer: MoE, margins: Mapping[MoE, Tensor | None]) -> Iterable[Tensor]:
-    if layer in margins:
-        own = margins[layer]
-        yield (own if own is not None else layer.balancer.margins.zero(layer.router.weight.device)).flatten().long()

@@ -63,9 +63,7 @@ def launch(settings: Settings, *, on_step: OnStep | None = None) -> Run:
         return _launch(settings, options, ranks, device, on_step)
 
 
-def _launch(
-    settings: Settings, options: RunOptions, ranks: Ranks, device: torch.device, on_step: OnStep | None
-) -> Run:
+def _launch(settings: Settings, options: RunOptions, ranks: Ranks, device: torch.device, on_step: OnStep | None) -> Run:
     """In each of the run's processes, which have the same settings."""
     config, parallel, optim = _train_config(settings), _parallel(settings), settings["optim"]
     schedule = construct("optim", Schedule, {"total_steps": config.steps, "peak": optim["peak"], **optim["schedule"]})

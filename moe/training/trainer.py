@@ -27,8 +27,8 @@ from moe.training.runner import OneDevice, Runner
 from moe.training.schedule import Schedule
 
 OnStep = Callable[[int, Mapping[str, LoadStats]], None]
-"""Sees how many steps are done and the load of each layer in the last one, as ``moe.balance_step`` returns it: tensors on
-the device, over all processes that see other tokens; of a pipeline, of the layers in this process. A step that was
+"""Sees how many steps are done and the load of each layer in the last one, as ``moe.balance_step`` returns it: tensors
+on the device, over all processes that see other tokens; of a pipeline, of the layers in this process. A step that was
 skipped because it was not finite is seen too."""
 
 

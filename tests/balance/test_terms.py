@@ -89,8 +89,10 @@ class OwnAdaptive:
 
 @dataclass(frozen=True)
 class OwnRule:
-    needs_margins: bool = False
     state_rows: int = 2
+
+    def margins_at(self, step):
+        return None
 
     def updated(self, bias, state, counts):
         return bias, state

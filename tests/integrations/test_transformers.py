@@ -131,6 +131,18 @@ def test_training_is_that_of_the_loop_by_hand(kind, accumulation, tmp_path) -> N
     assert not of_layers(trainer.state.log_history[-1])  # the summary of the run
 
 
+def test_training_with_activation_checkpointing(tmp_path) -> None:
+    model = moe_llama()
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": moe.checkpoint_contexts})
+    trainer, seen = make(model, sentences(6), tmp_path, num_train_epochs=1)
+    balance_trainer(trainer)
+    trainer.train()
+    other = moe_llama()
+    loads = by_hand(other, steps_of(seen, epochs=1), loss_by_labels)
+    assert_same(model, other, 1e-7)
+    assert of_layers(trainer.state.log_history[0]) == pooled(loads)
+
+
 def test_evaluation_is_neither_counted_nor_penalised(tmp_path) -> None:
     model = Tiny()
     trainer, _ = make(model, samples(8), tmp_path, eval_dataset=samples(3), eval_strategy="steps", eval_steps=1)
