@@ -38,11 +38,11 @@ _COUNT_MARGINS = register(
 def count_margins(scores: Tensor, expert_ids: Tensor, score_bias: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """Count the margins of each expert in bins, for every token that chose experts, in one pass over the scores.
 
-    A token's margin to an expert is its best score with bias among the experts that it did not choose, minus its score
-    with bias of that expert, in float32. A token counts nothing, for no expert, where it is masked, chose all experts
-    or none (those of score -inf set aside), has a NaN, or compares with no finite score; otherwise it counts once for
-    every expert. There is no gradient. On a GPU nothing waits for the device; ids are checked there as
-    :func:`moe.kernels.plan.make_plan` checks them.
+    A token's margin to an expert that it chose is its best score with bias among those that it did not choose, minus
+    its score with bias of that expert, in float32; to any other expert it is the worst score with bias of those chosen,
+    minus that expert's. A token counts nothing, for no expert, where it is masked, chose all experts or none, has a
+    NaN, or compares with a score that is not finite; otherwise it counts once for every expert. There is no gradient.
+    On a GPU nothing waits for the device; ids are checked there as :func:`moe.kernels.plan.make_plan` checks them.
 
     Args:
         scores: ``(T, E)`` float32; on the CPU also float64.
@@ -58,7 +58,8 @@ def count_margins(scores: Tensor, expert_ids: Tensor, score_bias: Tensor, token_
         DtypeError: of an argument.
         ConfigError: an id is out of range.
 
-    Source: quantile balancing, J. Su, https://kexue.fm/archives/11619.
+    Source: quantile balancing, J. Su, https://kexue.fm/archives/11619, which compares with the best score that was not
+    chosen in either case: an expert that has to win tokens is then moved too little.
     """
     if scores.ndim != 2 or scores.shape[1] == 0:
         raise ShapeError(f"scores has shape {tuple(scores.shape)}, must be (tokens, experts) with experts > 0")

@@ -22,13 +22,14 @@ def _write_margins(scores: Tensor, expert_ids: Tensor, score_bias: Tensor, colum
     torch.add(scores, score_bias, out=columns[:, 1:])
     flat = columns.view(-1)
     places = (expert_ids + torch.arange(1, flat.shape[0], columns.shape[1])[:, None]).view(-1)
-    chosen = flat.index_select(0, places)
+    chosen = flat.index_select(0, places).view_as(expert_ids)
     flat.index_fill_(0, places, -torch.inf)
     best = columns.amax(-1, keepdim=True).add_(0.0)  # not -0, and then no margin is
-    flat.index_copy_(0, places, chosen)
-    torch.sub(best, columns, out=columns)
-    # The largest are NaN where a score is. The one is -inf where all experts are chosen, the other where none is.
-    return best.isfinite().view(-1) & (chosen.view_as(expert_ids).amax(-1) > -torch.inf)
+    worst = chosen.masked_fill(expert_ids < 0, torch.inf).amin(-1, keepdim=True).add_(0.0)
+    torch.sub(worst, columns, out=columns)
+    flat.index_copy_(0, places, (best - chosen).view(-1))
+    # Both are NaN where a score of theirs is, and infinite where all experts are chosen or none.
+    return (best.isfinite() & worst.isfinite()).view(-1)
 
 
 def count_margins(scores: Tensor, expert_ids: Tensor, score_bias: Tensor, token_mask: Tensor | None) -> Tensor:

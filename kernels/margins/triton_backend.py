@@ -58,16 +58,15 @@ def _count_kernel(
         expert_id = tl.load(expert_ids + token.to(tl.int64) * TOP_K + k, mask=inside, other=-1)
         tl.device_assert((expert_id >= -1) & (expert_id < NUM_EXPERTS), "expert_ids out of range", mask=inside)
         chosen |= expert[None, :] == expert_id[:, None]
-    lowest = tl.full((BLOCK_TOKENS, BLOCK_EXPERTS), float("-inf"), tl.float32)
-    best = tl.max(tl.where(chosen, lowest, biased), axis=1)
+    best = tl.max(tl.where(chosen, float("-inf"), biased), axis=1)
+    worst = tl.min(tl.where(chosen, biased, float("inf")), axis=1)
     best = tl.where(best == 0.0, 0.0, best)  # not -0, and then no margin is
-    counted = (
-        inside & (tl.abs(best) < float("inf")) & (tl.max(tl.where(chosen, biased, lowest), axis=1) > float("-inf"))
-    )
+    worst = tl.where(worst == 0.0, 0.0, worst)
+    counted = inside & (tl.abs(best) < float("inf")) & (tl.abs(worst) < float("inf"))
     counted &= tl.max((biased != biased).to(tl.int32), axis=1) == 0
     if HAS_MASK:
         counted &= tl.load(token_mask + token, mask=inside, other=0) != 0
-    target = counts + expert[None, :] * _BINS + _bin_of(best[:, None] - biased)
+    target = counts + expert[None, :] * _BINS + _bin_of(tl.where(chosen, best[:, None], worst[:, None]) - biased)
     tl.atomic_add(target, 1, mask=valid & counted[:, None], sem="relaxed")
 
 

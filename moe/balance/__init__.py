@@ -8,6 +8,7 @@ from moe.balance.calls import Call, CallLog, PendingLoss
 from moe.balance.device_losses import CommunicationBalance, DeviceBalance
 from moe.balance.importance import ImportanceLoss, LoadLoss
 from moe.balance.lookahead import LookaheadBias
+from moe.balance.observed import MarginCounter
 from moe.balance.protocols import AdaptiveLoss, BalanceLoss, BiasRule, MarginRequest, WeightLoss
 from moe.balance.quantile import QuantileBias, exact_quantile_bias
 from moe.balance.router_losses import RouterOrthogonality, RouterSimilarity, RouterZLoss
@@ -41,6 +42,7 @@ __all__ = [
     "ImportanceLoss",
     "LoadLoss",
     "LookaheadBias",
+    "MarginCounter",
     "MarginRequest",
     "MomentumBias",
     "PendingLoss",

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.balance.calls import PendingLoss
-from moe.balance.observed import MarginCounter, TokenSample, every, every_row
+from moe.balance.observed import MarginCounter, TokenSample, every
 from moe.balance.shares import Scope, ShareLoss, probability_sum
 from moe.balance.step_counts import StepCounts
 from moe.balance.terms import Terms
@@ -152,11 +152,10 @@ class Balancer(Float32Buffers):
         """Note what the bias rule needs beside the load of experts, of one call in training mode."""
         if self.request is None or score_bias is None:
             return
-        part = every(routing, self.request.tokens)
-        if self.request.ahead or self.request.drift:
-            self.sample.keep(every_row(tokens, self.request.tokens), part)
-        if not self.request.ahead:
-            self.margins.count(part, score_bias)
+        if self.request.decided:
+            self.margins.count(every(routing, self.request.tokens), score_bias)
+        if self.request.ahead:
+            self.sample.keep(tokens, routing.token_mask, self.request.tokens)
 
     @torch.no_grad()
     def step(self, score_bias: Float[Tensor, " E"] | None, counts: StepCounts) -> None:

@@ -22,7 +22,7 @@ from moe.errors import ConfigError
 from moe.kernels.margins import bin_edges, quantile
 
 _LATE_SAMPLE = 512
-"""Tokens of each call whose margins measure a late step, and on which the drift is taken: both can be a little off."""
+"""Tokens of each call whose margins measure a late step: the same before and after, so that their chance cancels."""
 
 
 @final
@@ -32,13 +32,13 @@ class LookaheadBias:
 
     In the first ``early_steps`` the move is ``q_e = quantile_{K/E}(m_e)`` with margins under the new weight. After them
     it is ``rate * M * (1/E - f_e) / RMS(f - 1/E)``, with M the mean absolute margin, but not above ``limit * |q_e|``:
-    what is nearly right moves little. To this is added what undoes the drift: by as much as the new weight has raised
-    an expert's scores on the mean token, its bias falls. Every move is centred. Steps are measured by margins, so the
+    what is nearly right moves little. To this is added ``q'_e - q_e``, the same quantile under the new weight less that
+    of the decisions, which is what the weight has changed. Every move is centred. Steps are measured by margins, so the
     same numbers suit every score function.
 
     The layer scores tokens of each of its calls once more after the step: ``sample`` early, 512 later. That is a
     product of the router, and as many rows of its input are kept until then. With several devices each takes its own,
-    and their histograms and sums add up; the counts are of all tokens.
+    and their histograms add up; the counts are of all tokens.
 
     Args:
         rate: root mean square of a late step, over the mean absolute margin.
@@ -65,9 +65,9 @@ class LookaheadBias:
         require_positive_integer(early_steps=self.early_steps, sample=self.sample)
 
     def margins_at(self, step: int) -> MarginRequest:
-        """Early under the new weight, late as decided, with the drift."""
+        """Early under the new weight, late also as decided."""
         is_early = step < self.early_steps
-        return MarginRequest(self.sample, ahead=True) if is_early else MarginRequest(_LATE_SAMPLE, drift=True)
+        return MarginRequest(self.sample if is_early else _LATE_SAMPLE, decided=not is_early, ahead=True)
 
     def updated(
         self, bias: Float[Tensor, " E"], state: Float[Tensor, "0 E"], counts: StepCounts
@@ -77,15 +77,15 @@ class LookaheadBias:
         Raises:
             ConfigError: the counts are without margins.
         """
-        if counts.margins is None:
+        if counts.margins is None or counts.margins_ahead is None:
             raise ConfigError("counts.margins=None must be a histogram: a LookaheadBias moves by the margins of a step")
-        move = quantile(counts.margins, counts.top_k / len(bias))
+        share = counts.top_k / len(bias)
+        move = quantile(counts.margins_ahead, share)
         if counts.step >= self.early_steps:
-            longest = self.limit * (move - move.mean()).abs()
+            decided = quantile(counts.margins, share)
+            longest = self.limit * (decided - decided.mean()).abs()
             step = self.rate * _mean_margin(counts.margins) * rms_direction(counts.tokens_per_expert)
-            move = step.clamp(-longest, longest)
-            if counts.drift is not None:
-                move = move - counts.drift
+            move = move - decided + step.clamp(-longest, longest)
         moved = bias + move
         return where(counts.tokens > 0, moved - moved.mean(), bias), state
 

@@ -1,10 +1,10 @@
 """What some bias rules need of a step beside its counts. No buffers: they are of one step and of one device."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe.kernels.margins import BINS, count_margins
@@ -20,18 +20,16 @@ class MarginCounter:
         self._counts: Tensor | None = None
 
     def count(self, routing: Routing, score_bias: Float[Tensor, " E"]) -> None:
-        """Add one call."""
+        """Add one call, or some tokens of it."""
         counts = count_margins(routing.scores, routing.expert_ids, score_bias, routing.token_mask)
         self._counts = counts if self._counts is None else self._counts + counts
 
-    def zero(self, device: torch.device) -> Int[Tensor, "E bins"]:
-        """Of no call."""
-        return torch.zeros(self.num_experts, BINS, dtype=torch.int32, device=device)
-
-    def take(self) -> Int[Tensor, "E bins"] | None:
-        """What was counted since the last time; starts again from zero."""
+    def take(self, device: torch.device) -> Int[Tensor, "E bins"]:
+        """What was counted since the last time, on a device; starts again from zero."""
         counts, self._counts = self._counts, None
-        return counts
+        if counts is None:
+            return torch.zeros(self.num_experts, BINS, dtype=torch.int32, device=device)
+        return counts.to(device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MarginCounter":
         """A copied layer has counted nothing yet."""
@@ -46,7 +44,7 @@ class MarginCounter:
 @dataclass(frozen=True)
 class _Kept:
     tokens: Float[Tensor, "T D"]
-    routing: Routing
+    mask: Bool[Tensor, " T"] | None
     previous: "_Kept | None"
     """A chain and not a list, whose length a compiled layer would be compiled for."""
 
@@ -58,16 +56,17 @@ class TokenSample:
     def __init__(self) -> None:
         self._last: _Kept | None = None
 
-    def keep(self, tokens: Float[Tensor, "T D"], routing: Routing) -> None:
-        """Keep tokens of a call and how they were decided."""
-        self._last = _Kept(tokens.detach(), routing.detach(), self._last)
+    def keep(self, tokens: Float[Tensor, "T D"], mask: Bool[Tensor, " T"] | None, size: int | None) -> None:
+        """Keep at most ``size`` tokens of a call, evenly spaced over it; None for all."""
+        part = None if mask is None else every_row(mask, size)
+        self._last = _Kept(every_row(tokens.detach(), size), part, self._last)
 
-    def take(self) -> list[tuple[Float[Tensor, "T D"], Routing]]:
+    def take(self) -> list[tuple[Float[Tensor, "T D"], Bool[Tensor, " T"] | None]]:
         """What was kept since the last time, call by call, the last one first."""
         found, kept = [], self._last
         self._last = None
         while kept is not None:
-            found.append((kept.tokens, kept.routing))
+            found.append((kept.tokens, kept.mask))
             kept = kept.previous
         return found
 
@@ -81,20 +80,12 @@ class TokenSample:
 
 
 def every(routing: Routing, size: int | None) -> Routing:
-    """The decision on at most ``size`` tokens, evenly spaced; itself for None. Sequences are no longer told apart."""
+    """The decision on at most ``size`` tokens, evenly spaced, as far as margins need it; itself for None."""
+    mask = routing.token_mask
     if size is None or len(routing.scores) <= size:
         return routing
-    mask, probability = routing.token_mask, routing.selection_probability
-    return replace(
-        routing,
-        expert_ids=every_row(routing.expert_ids, size),
-        weights=every_row(routing.weights, size),
-        scores=every_row(routing.scores, size),
-        logits=every_row(routing.logits, size),
-        token_mask=None if mask is None else every_row(mask, size),
-        selection_probability=None if probability is None else every_row(probability, size),
-        num_sequences=1,
-    )
+    ids, scores = every_row(routing.expert_ids, size), every_row(routing.scores.detach(), size)
+    return Routing(ids, scores, scores, scores, None if mask is None else every_row(mask, size))
 
 
 def every_row(rows: Tensor, size: int | None) -> Tensor:

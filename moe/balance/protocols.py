@@ -60,11 +60,11 @@ class MarginRequest:
     tokens: int | None = None
     """Of each call, evenly spaced over it; None for all."""
 
-    ahead: bool = False
-    """Of these tokens scored again after the step, with the router's new weight, and not as they were decided."""
+    decided: bool = True
+    """As these tokens were decided: ``StepCounts.margins``."""
 
-    drift: bool = False
-    """As they were decided; and these tokens are scored again after the step, for ``StepCounts.drift``."""
+    ahead: bool = False
+    """Scored again after the step, with the router's new weight: ``StepCounts.margins_ahead``."""
 
 
 @runtime_checkable
@@ -75,7 +75,7 @@ class BiasRule(Protocol):
     """
 
     def margins_at(self, step: int) -> MarginRequest | None:
-        """What ``StepCounts.margins`` are to be in a step; None where the rule does not read them.
+        """Which margins of a step are to be counted; None where the rule does not read them.
 
         Args:
             step: how many steps there were before it. A rule that wants any margins wants some at 0.

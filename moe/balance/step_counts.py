@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -25,12 +25,11 @@ class StepCounts:
     """K, experts a token; on average, where the router decides how many."""
 
     margins: Int[Tensor, "E bins"] | None = None
-    """int32; how many tokens miss an expert by how much, see `moe.kernels.margins`; counted with the bias of this step,
-    over its decisions or over a sample of its tokens under the router's new weight. None where no rule needs them."""
-
-    drift: Float[Tensor, " E"] | None = None
-    """float32; by how much each expert's score has changed with the router's weight, mean over a sample of tokens. None
+    """int32; how many tokens miss an expert by how much, see `moe.kernels.margins`, in the decisions of this step. None
     where no rule asks for it."""
+
+    margins_ahead: Int[Tensor, "E bins"] | None = None
+    """The same under the router's weight after the step, still with the bias of the step."""
 
     step: int = 0
     """How many steps of this layer's rule there were before this one."""

@@ -83,9 +83,9 @@ def margins_by_loops(scores, bias, top_k, mask):
     found = [[] for _ in range(scores.shape[1])]
     for row, counts in zip(values, mask.tolist()):
         if counts:
-            best_not_chosen = sorted(row, reverse=True)[top_k]
             for e, value in enumerate(row):
-                found[e].append(best_not_chosen - value)
+                others = sorted(row[:e] + row[e + 1 :], reverse=True)
+                found[e].append(others[top_k - 1] - value)
     return [sorted(of_expert) for of_expert in found]
 
 

@@ -40,14 +40,13 @@ def naive_margin_counts(scores: Tensor, expert_ids: Tensor, bias: Tensor, mask: 
     for token in range(scores.shape[0]):
         biased = scores[token].float() + bias
         chosen = {expert for expert in expert_ids[token].tolist() if expert >= 0}
-        best, of_chosen = (
-            max((value for e, value in enumerate(biased.tolist()) if (e in chosen) == wanted), default=-math.inf)
-            for wanted in (False, True)
-        )
+        best = max((value for e, value in enumerate(biased) if e not in chosen), default=math.inf)
+        worst = min((value for e, value in enumerate(biased) if e in chosen), default=math.inf)
         unmasked = mask is None or bool(mask[token])
-        if unmasked and not biased.isnan().any() and abs(best) < math.inf and of_chosen > -math.inf:
-            for expert, margin in enumerate((best - biased).tolist()):
-                counts[expert, naive_bin(margin)] += 1
+        if unmasked and not biased.isnan().any() and abs(best) < math.inf and abs(worst) < math.inf:
+            for expert, value in enumerate(biased):
+                margin = (best if expert in chosen else worst) - value
+                counts[expert, naive_bin(margin.item())] += 1
     return counts
 
 

@@ -17,9 +17,9 @@ SETTINGS = {
         "schedule": {"warmup_steps": 2, "decay": "wsd", "decay_share": 0.5},
     },
     "run": {
-        "name": "tiny", "device": "cpu", "threads": 1, "precision": "float32", "prompt": "the ", "sample_tokens": 8, "steps": 12,
-        "batch_size": 2, "seq_len": 16, "accumulation": 2, "log_every": 1, "eval_every": 6, "eval_windows": 4,
-        "checkpoint_every": 3, "pool_steps": 4,
+        "name": "tiny", "device": "cpu", "threads": 1, "precision": "float32", "prompt": "the ", "sample_tokens": 8,
+        "steps": 12, "batch_size": 2, "seq_len": 16, "accumulation": 2, "log_every": 1, "eval_every": 6,
+        "eval_windows": 4, "checkpoint_every": 3, "pool_steps": 4,
     },
     "resume": "never",
 }  # fmt: skip
