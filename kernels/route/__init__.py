@@ -31,6 +31,7 @@ def _fake_route(
     logits: Tensor,
     _score_bias: Tensor | None,
     _token_mask: Tensor | None,
+    _given: Tensor | None,
     top_k: int,
     _score_function: str,
     _by_score: bool,
@@ -41,12 +42,6 @@ def _fake_route(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = logits.shape[0], top_k
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape), torch.empty_like(logits)
-
-
-def _fake_weigh(
-    logits: Tensor, expert_ids: Tensor, _score_function: str, _normalize: bool, _scale: float
-) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(expert_ids.shape), torch.empty_like(logits)
 
 
 def _fake_backward(
@@ -65,38 +60,24 @@ def _setup_route(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     expert_ids, _, scores = output
     ctx.save_for_backward(scores, expert_ids)
     ctx.set_materialize_grads(False)  # scores without a loss on them have no gradient, not one of zeros
-    _, _, _, _, score_function, _, normalize, scale, *_ = inputs
+    _, _, _, _, _, score_function, _, normalize, scale, *_ = inputs
     ctx.options = score_function, normalize, scale
 
 
-def _setup_weigh(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, expert_ids, *ctx.options = inputs
-    ctx.save_for_backward(output[1], expert_ids)
-    ctx.set_materialize_grads(False)
-
-
-def _register_autograd(route_op: CustomOpDef, weigh_op: CustomOpDef, backward_op: CustomOpDef) -> None:
-    def grad_logits(ctx, grad_weights, grad_scores):  # type: ignore[no-untyped-def]
+def _register_autograd(route_op: CustomOpDef, backward_op: CustomOpDef) -> None:
+    def backward(ctx, _grad_ids, grad_weights, grad_scores):  # type: ignore[no-untyped-def]
         grads = (None if grad is None else grad.contiguous() for grad in (grad_weights, grad_scores))
-        return backward_op(*grads, *ctx.saved_tensors, *ctx.options)
+        return (backward_op(*grads, *ctx.saved_tensors, *ctx.options), *[None] * 10)
 
-    def route_backward(ctx, _grad_ids, grad_weights, grad_scores):  # type: ignore[no-untyped-def]
-        return (grad_logits(ctx, grad_weights, grad_scores), *[None] * 9)
-
-    def weigh_backward(ctx, grad_weights, grad_scores):  # type: ignore[no-untyped-def]
-        return (grad_logits(ctx, grad_weights, grad_scores), *[None] * 4)
-
-    route_op.register_autograd(route_backward, setup_context=_setup_route)
-    weigh_op.register_autograd(weigh_backward, setup_context=_setup_weigh)
+    route_op.register_autograd(backward, setup_context=_setup_route)
 
 
 _ROUTE = register("route", _fake_route, reference.route, triton_backend.route if HAS_TRITON else None)
-_WEIGH = register("weigh", _fake_weigh, reference.weigh, triton_backend.weigh if HAS_TRITON else None)
 _BACKWARD = register(
     "route_backward", _fake_backward, reference.route_backward, triton_backend.route_backward if HAS_TRITON else None
 )
 for _backend, _op in _ROUTE.items():
-    _register_autograd(_op, _WEIGH[_backend], _BACKWARD[_backend])
+    _register_autograd(_op, _BACKWARD[_backend])
 
 
 def route(
@@ -166,6 +147,7 @@ def route(
         logits.contiguous(),
         score_bias,
         token_mask,
+        None,
         top_k,
         str(score_function),
         by_score,
@@ -206,8 +188,22 @@ def weigh(
         raise ShapeError(f"expert_ids has shape {tuple(expert_ids.shape)}, must be ({logits.shape[0]}, top_k)")
     if expert_ids.dtype != torch.int32:
         raise DtypeError(f"expert_ids has dtype {expert_ids.dtype}, must be torch.int32")
-    op = _WEIGH[backend_of(logits)]
-    return op(logits.contiguous(), expert_ids.contiguous(), str(score_function), normalize, float(scale))
+    # The same operation as for a decision of its own: selective checkpointing wants a recomputation, which weighs what
+    # was chosen, to run what the forward pass ran.
+    _ids, weights, scores = _ROUTE[backend_of(logits)](
+        logits.contiguous(),
+        None,
+        None,
+        expert_ids.contiguous(),
+        expert_ids.shape[1],
+        str(score_function),
+        False,
+        normalize,
+        float(scale),
+        1,
+        1,
+    )
+    return weights, scores
 
 
 def check_groups(num_experts: int, top_k: int, num_groups: int | None, top_groups: int | None) -> None:

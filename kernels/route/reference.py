@@ -170,6 +170,7 @@ def route(
     logits: Tensor,
     score_bias: Tensor | None,
     token_mask: Tensor | None,
+    given: Tensor | None,
     top_k: int,
     score_function: str,
     by_score: bool,
@@ -178,28 +179,18 @@ def route(
     num_groups: int,
     top_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, selection and weights; see :func:`moe.kernels.route.route`.
+    """Scores, selection (unless ids are given) and weights; see :func:`moe.kernels.route.route` and ``weigh``.
 
     Returns:
         ``expert_ids (T, K)`` int32, ``weights (T, K)`` and ``scores (T, E)``.
     """
     scores = _scores(logits, score_function)
+    if given is not None:
+        return given.clone(), weights_of(scores, given, normalize, scale), scores
     expert_ids = choose(logits, scores, score_bias, top_k, by_score, num_groups, top_groups, search_best_columns)
     if token_mask is not None:
         expert_ids.masked_fill_(~token_mask[:, None], -1)
     return expert_ids, weights_of(scores, expert_ids, normalize, scale), scores
-
-
-def weigh(
-    logits: Tensor, expert_ids: Tensor, score_function: str, normalize: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Scores, and the weights of a decision made earlier; see :func:`moe.kernels.route.weigh`.
-
-    Returns:
-        ``weights (T, K)`` and ``scores (T, E)``.
-    """
-    scores = _scores(logits, score_function)
-    return weights_of(scores, expert_ids, normalize, scale), scores
 
 
 def route_backward(
@@ -211,7 +202,7 @@ def route_backward(
     normalize: bool,
     scale: float,
 ) -> Tensor:
-    """The gradient of the logits in :func:`route` and :func:`weigh`.
+    """The gradient of the logits in :func:`route`.
 
     Every term is multiplied by its score before anything else: nothing is divided by a score, so that one which has
     underflowed makes no infinity.

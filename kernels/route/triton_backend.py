@@ -191,6 +191,7 @@ def route(
     logits: Tensor,
     score_bias: Tensor | None,
     token_mask: Tensor | None,
+    given: Tensor | None,
     top_k: int,
     score_function: str,
     by_score: bool,
@@ -199,19 +200,20 @@ def route(
     num_groups: int,
     top_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, selection and weights of contiguous float32 logits; see :func:`moe.kernels.route.route`.
+    """Scores, selection (unless ids are given) and weights of contiguous float32 logits; see the reference.
 
     Returns:
         ``expert_ids (T, K)`` int32, ``weights (T, K)`` and ``scores (T, E)``.
     """
-    expert_ids = logits.new_empty(logits.shape[0], top_k, dtype=torch.int32)
+    shape = logits.shape[0], top_k
+    expert_ids = logits.new_empty(shape, dtype=torch.int32) if given is None else given.clone()
     weights, scores = _launch(
         logits,
         expert_ids,
         score_function,
         normalize,
         scale,
-        select=True,
+        select=given is None,
         score_bias=score_bias,
         token_mask=token_mask,
         by_score=by_score,
@@ -219,17 +221,6 @@ def route(
         top_groups=top_groups,
     )
     return expert_ids, weights, scores
-
-
-def weigh(
-    logits: Tensor, expert_ids: Tensor, score_function: str, normalize: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Scores, and the weights of a decision made earlier, contiguous; see :func:`moe.kernels.route.weigh`.
-
-    Returns:
-        ``weights (T, K)`` and ``scores (T, E)``.
-    """
-    return _launch(logits, expert_ids, score_function, normalize, scale)
 
 
 def route_backward(

@@ -217,18 +217,16 @@ class MoE(nn.Module):
     ) -> tuple[Routing, Routing, Call]:
         """The decision of the call that this one repeats, with scores and weights that carry gradients."""
         found: list[Call] = []
-        known = read_call(self.calls)
+        if (known := read_call(self.calls)) is not None:
+            self.calls.keep(known)
+            found.append(known)
 
         def recorded(expert_ids: Tensor, scores: Tensor) -> Tensor:
-            if known is None:
-                found.append(self.calls.find(expert_ids, scores, self.training))
-            else:
-                self.calls.keep(known)
-                found.append(known)
+            found.append(self.calls.find(expert_ids, scores, self.training))
             return found[0].chosen
 
-        chosen = replace(self.router(x, mask, recorded, ids), num_sequences=num_sequences)
-        call = found[0]
+        chosen = self.router(x, mask, recorded if known is None else known.chosen, ids)
+        chosen, call = replace(chosen, num_sequences=num_sequences), found[0]
         kept = chosen if call.kept is call.chosen else chosen.keep(call.kept >= 0)
         return chosen, kept, call
 

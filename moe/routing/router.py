@@ -21,8 +21,8 @@ from moe.kernels.route.logits import router_logits
 from moe.routing.null_experts import count_null_experts
 from moe.types import Routing
 
-Replay = Callable[[Tensor, Tensor], Tensor]
-"""From the ids ``(T, S)`` and scores ``(T, E + Z)`` of a repeated decision to the ids of the first one."""
+Replay = Callable[[Tensor, Tensor], Tensor] | Tensor
+"""Ids of an earlier decision ``(T, S)``, or what finds them from the ids and scores ``(T, E + Z)`` of a repeated one."""
 
 
 @final
@@ -196,9 +196,10 @@ class Router(Float32Buffers, ABC):
         Args:
             x: tokens, any floating dtype.
             token_mask: False for padding, which gets no expert and is counted nowhere. None: all tokens count.
-            replay: called with the ids and scores of this decision, without gradients; returns the ids of a decision
-                made earlier, which stand instead. Scores and weights are those of ``x`` all the same, so that gradients
-                flow; and a router that draws random numbers draws them as it did then.
+            replay: the ids of a decision made earlier, which stand instead of a new one; or a function that is called
+                with the ids and scores of the new one, without gradients, and returns them. Scores and weights are
+                those of ``x`` all the same, so that gradients flow; and a router that draws random numbers draws them
+                as it did then.
             token_ids: of the vocabulary, for routers that look at them.
 
         Returns:
@@ -225,16 +226,18 @@ class Router(Float32Buffers, ABC):
         if tokens.mask is not None:
             expert_ids = expert_ids.masked_fill(~tokens.mask[:, None], -1)
         if replay is not None:
-            expert_ids = replay(expert_ids, scores.detach())
+            expert_ids = replay if isinstance(replay, Tensor) else replay(expert_ids, scores.detach())
         return expert_ids, self.weigh(scores, expert_ids), scores
 
     def _decide_fused(self, logits: Tensor, tokens: Tokens, replay: Replay | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same by one operation; a replayed decision is weighed by a second one."""
+        """The same by one operation; a decision that has to be found from this one is weighed by a second one."""
         weighting: dict[str, Any] = {
             "score_function": self.score_function,
             "normalize": self.normalize,
             "scale": self.scale,
         }
+        if isinstance(replay, Tensor):
+            return replay, *weigh(logits, replay, **weighting)
         expert_ids, weights, scores = route(
             logits if replay is None else logits.detach(),
             self.top_k,
@@ -245,10 +248,10 @@ class Router(Float32Buffers, ABC):
             num_groups=self.num_groups,
             top_groups=self.top_groups,
         )
-        if replay is not None:
-            expert_ids = replay(expert_ids, scores)
-            weights, scores = weigh(logits, expert_ids, **weighting)
-        return expert_ids, weights, scores
+        if replay is None:
+            return expert_ids, weights, scores
+        found = replay(expert_ids, scores)
+        return found, *weigh(logits, found, **weighting)
 
     def select(
         self,
