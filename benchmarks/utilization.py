@@ -4,10 +4,12 @@
     python benchmarks/utilization.py mode=sweep pairs=all seeds=[0,1,2] jobs=2
     python benchmarks/utilization.py mode=timing
     python benchmarks/utilization.py mode=report
+    python benchmarks/utilization.py mode=pictures
 
 The first two train a small language model for each router, balance and seed, and leave a result each below
-runs/utilization; what is there is not trained again. The third times steps of all pairs in turns. The last makes a page
-with plots in benchmarks/results of all that is there. Settings and what they mean are in conf/utilization.yaml.
+runs/utilization; what is there is not trained again. The third times steps of all pairs in turns. The fourth makes a
+page with plots in benchmarks/results of all that is there, and the last draws the pictures of the documentation anew.
+Settings and what they mean are in conf/utilization.yaml.
 """
 
 import os
@@ -23,13 +25,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from sweep.children import run_all
 from sweep.job import Job, read_job
+from sweep.pictures import write_pictures
 from sweep.race import time_steps
 from sweep.report import write_report
 from sweep.result import read_result
 from sweep.train import train
 
 HERE = Path(__file__).resolve().parent
-MODES = ("run", "sweep", "timing", "report")
+MODES = ("run", "sweep", "timing", "report", "pictures")
 _OWN = (
     "mode",
     "pairs",
@@ -62,6 +65,8 @@ def main(config: DictConfig) -> None:
     elif mode == "timing":
         jobs = [job for job, _ in plan if job.seed == settings["seeds"][0]]
         time_steps(jobs, settings["timing"]["rounds"], settings["timing"]["warmup"])
+    elif mode == "pictures":
+        write_pictures(plan[0][0], Path(config.results or HERE.parent / "docs" / "_static" / "sweep"))
     else:
         command = " ".join(["python benchmarks/utilization.py", *arguments])
         write_report([job for job, _ in plan], Path(config.results or HERE / "results"), command)

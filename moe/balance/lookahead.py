@@ -79,10 +79,9 @@ class LookaheadBias:
         """
         if counts.margins is None or counts.margins_ahead is None:
             raise ConfigError("counts.margins=None must be a histogram: a LookaheadBias moves by the margins of a step")
-        share = counts.top_k / len(bias)
-        move = quantile(counts.margins_ahead, share)
+        move = quantile(counts.margins_ahead, counts.share)
         if counts.step >= self.early_steps:
-            decided = quantile(counts.margins, share)
+            decided = quantile(counts.margins, counts.share)
             longest = self.limit * (decided - decided.mean()).abs()
             step = self.rate * _mean_margin(counts.margins) * rms_direction(counts.tokens_per_expert)
             move = move - decided + step.clamp(-longest, longest)

@@ -67,7 +67,7 @@ class QuantileBias:
         """
         if counts.margins is None:
             raise ConfigError("counts.margins=None must be a histogram: a QuantileBias moves by the margins of a step")
-        moved = bias + self.damping * quantile(counts.margins, counts.top_k / len(bias))
+        moved = bias + self.damping * quantile(counts.margins, counts.share)
         return torch.where(counts.tokens > 0, moved - moved.mean(), bias), state
 
 

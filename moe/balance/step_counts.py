@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -33,3 +33,9 @@ class StepCounts:
 
     step: int = 0
     """How many steps of this layer's rule there were before this one."""
+
+    @property
+    def share(self) -> Float[Tensor, ""]:
+        """The share of the tokens that an expert has at balance: K/E, or less where tokens take fewer than K."""
+        assignments, num_experts = self.tokens_per_expert.sum(), len(self.tokens_per_expert)
+        return assignments / (self.tokens.clamp(min=1) * num_experts)

@@ -2,7 +2,8 @@
 
 from moe.parallel.batch import split_batch
 from moe.parallel.degrees import Degrees
+from moe.parallel.loads import share_counts
 from moe.parallel.mesh import ParallelMesh
 from moe.parallel.parallelize import Parallel, parallelize
 
-__all__ = ["Degrees", "Parallel", "ParallelMesh", "parallelize", "split_batch"]
+__all__ = ["Degrees", "Parallel", "ParallelMesh", "parallelize", "share_counts", "split_batch"]

@@ -7,7 +7,9 @@ from typing import final
 import torch
 import torch.distributed as dist
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from moe.layer import moe_layers
 
 
 @final
@@ -32,3 +34,17 @@ class PoolCounts:
         dist.all_reduce(pooled, group=self.group)
         parts = pooled.split([each.numel() for each in counts])
         return [part.view(each.shape) for part, each in zip(parts, counts)]
+
+
+def share_counts(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Have all MoE layers of a model balance by the tokens of all ranks of a group, in place.
+
+    For a model that another library spreads (``DistributedDataParallel``, a Trainer): each rank then moves its biases,
+    takes its losses over a step and reports by the same counts. `moe.parallelize` does so itself.
+
+    Args:
+        model: the same on all ranks, each of which sees other tokens.
+        group: ``torch.distributed.group.WORLD`` mostly. Every rank calls ``moe.balance_step`` equally often.
+    """
+    for _, layer in moe_layers(model):
+        layer.pool_counts = PoolCounts(group)

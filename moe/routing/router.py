@@ -22,7 +22,7 @@ from moe.routing.null_experts import count_null_experts
 from moe.types import Routing
 
 Replay = Callable[[Tensor, Tensor], Tensor] | Tensor
-"""Ids of an earlier decision ``(T, S)``, or what finds them from the ids and scores ``(T, E + Z)`` of a repeated one."""
+"""Ids of an earlier decision ``(T, S)``, or what finds them from ids and scores ``(T, E + Z)`` of a repeated one."""
 
 
 @final

@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import moe
 from moe.integrations import BalanceReporter
-from moe.parallel.loads import PoolCounts
+from moe.parallel import share_counts
 from moe.parallel.local_ranks import run_local
 from tests.integrations.loops import LR, Tiny, assert_same, by_hand, of_layers, pooled, samples
 
@@ -15,8 +15,7 @@ from tests.integrations.loops import LR, Tiny, assert_same, by_hand, of_layers, 
 def train():
     """Four steps, of every other sample; what was reported here, the figures at the end, and the model's state."""
     model, rank, kept = Tiny(), dist.get_rank(), []
-    for _, layer in moe.moe_layers(model):
-        layer.pool_counts = PoolCounts(dist.group.WORLD)
+    share_counts(model, dist.group.WORLD)
     spread = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     reporter = BalanceReporter(lambda step, figures: kept.append((step, of_layers(figures))), every=2)
