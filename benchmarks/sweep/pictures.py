@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,15 +51,17 @@ STYLES = (
 """Colour (Okabe and Ito 2008) and marker by a pair's place on its page."""
 WINDOW = 9
 """Steps of a running median."""
-MOST = 8.0
-"""Load over the mean load at which a heat map's colours end, and its inverse."""
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 """Of MaxVio."""
 COLUMNS = 3
 """Heat maps in a row."""
 NOTE = "lines: each batch; grey: all counts together,\nopen training's last quarter, filled evaluation; dotted: chance"
 """Above MaxVio."""
-COLORS = 96
+MOST = 8.0
+"""Load over the mean load at which a heat map's colours end; below, they end at its inverse."""
+LEVELS = 25
+"""Its colours; odd, so that one of them is for loads within a tenth of even."""
+COLORS = 192
 """Of a picture."""
 DPI = 110
 WIDTH = 900 / DPI
@@ -87,9 +90,9 @@ def write_pictures(job: Job, folder: Path) -> None:
 def plot_page(rows: Sequence[Row], path: Path) -> None:
     """MaxVio over training on the left, a heat map a pair on the right."""
     figure = Figure(figsize=(WIDTH, 3.5 if len(rows) <= COLUMNS else 4.3), layout="constrained", facecolor="white")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.0, 1.15))
-    plot_balance(left, rows)
-    plot_loads(right, rows)
+    halves = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.0, 1.15))
+    plot_balance(halves[0, 0], rows)
+    plot_loads(halves[0, 1], rows)
     save(figure, path)
 
 
@@ -156,14 +159,14 @@ def plot_loads(figure: SubFigure, rows: Sequence[Row]) -> None:
     lines = math.ceil(len(rows) / COLUMNS)
     columns = math.ceil(len(rows) / lines)
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    norm = LogNorm(1 / MOST, MOST)
+    look = {"cmap": mpl.colormaps["PuOr_r"].resampled(LEVELS), "norm": LogNorm(1 / MOST, MOST)}
     picture = None
     for axis, row, (color, _) in zip(grid.flat, rows, STYLES):
         load = heat_map(row.results[0])
         order = np.argsort(-load[:, -1], kind="stable")
         extent = (0, len(row.results[0].steps), len(load), 0)
         shown = load[order].clip(1 / MOST, MOST)
-        picture = axis.imshow(shown, cmap="PuOr_r", norm=norm, aspect="auto", extent=extent, interpolation="none")
+        picture = axis.imshow(shown, aspect="auto", extent=extent, interpolation="none", **look)
         axis.set_title(title(row), fontsize=8)
         axis.set_xticks(np.linspace(0, extent[1], 4).round())
         axis.tick_params(labelsize=7)
@@ -184,7 +187,7 @@ def title(row: Row) -> str:
     """The pair, and what a token gets where that is not top_k real experts."""
     experts = row.figures["experts"].mean
     name = row.name.replace(" / ", "\n")
-    return name if abs(experts - row.results[0].top_k) < 0.05 else f"{name}, {experts:.1f} experts a token"
+    return name if abs(experts - row.results[0].top_k) < 0.05 else f"{name}\n{experts:.1f} experts a token"
 
 
 def violations(result: Result) -> np.ndarray:

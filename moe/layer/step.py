@@ -62,7 +62,8 @@ def balance_step(model: nn.Module, *, skipped: bool = False) -> dict[str, LoadSt
                 "moe.balance_loss(model) to the training loss, or construct MoE with balance=()",
                 stacklevel=2,
             )
-        _end_script(name, layer)
+        if layer.balancer.planned is not None:
+            _end_script(name, layer)
     seen = {layer: look(layer) for _, layer in moe_layers(model) if layer.balancer.request is not None}
     loads = _take({name: (layer, layer.training_load.take()) for name, layer in moe_layers(model)}, seen)
     for name, layer in moe_layers(model):

@@ -1,17 +1,27 @@
 """What the sweep makes of its results, held against a hand; no training."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from measure.timing import Spread
-from sweep import figures, plots, tables
+from omegaconf import OmegaConf
+from PIL import Image
+from sweep import figures, pictures, plots, tables
 from sweep.figures import Estimate, Row
 from sweep.race import Times
 from sweep.result import FORMAT, Result, read_result, write_result
 
 from moe.monitor import LoadStats
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_of(counts, tokens=None, null=0):
@@ -160,3 +170,90 @@ def test_times_are_ratios_within_a_round():
     ratios = Times("s", 3, 0, seconds, "this").ratios()
     assert ratios == {"one": Spread(1.0, 1.0, 1.0), "two": Spread(1.5, 1.25, 1.75)}
     assert list(tables.time_table(ratios, "one"))[-1] == "| two | 1.500 (1.250-1.750) |"
+
+
+def test_violations_are_the_mean_over_layers_and_their_median_runs():
+    steps = [{"a": [8, 8], "b": [8, 8]}, {"a": [16, 0], "b": [12, 4]}, {"a": [8, 8], "b": [12, 4]}]
+    assert pictures.violations(made(steps)).tolist() == pytest.approx([0, 0.75, 0.25])
+    smooth = pictures.running_median(np.array([9, 1, 8, 2, 7, 3, 6, 4, 5, 0, 0]))
+    # Of the first five, six, ... nine values, then of nine around, and at the end of fewer again.
+    assert smooth.tolist() == [7, 5, 6, 5, 5, 4, 4, 3.5, 4, 3.5, 4]
+
+
+def a_page(steps, **changes):
+    """The two halves of a page with one pair, drawn but not written."""
+    rows = figures.rows_of([made(steps, **changes)])
+    halves = Figure().subfigures(1, 2)
+    pictures.plot_balance(halves[0], rows)
+    pictures.plot_loads(halves[1], rows)
+    return halves[0].axes[0], halves[1].axes[0]
+
+
+def test_a_page_shows_what_its_results_say():
+    steps = [{"a": [8, 8, 8, 8], "b": [1, 5, 16, 10]}] * 40
+    balance, loads = a_page(steps, evaluation={"a": [32, 0, 0, 0], "b": [24, 8, 0, 0]})
+    assert balance.get_yscale() == "log"
+    line, _, pooled, evaluation, *floors = balance.get_lines()
+    assert line.get_ydata().tolist() == pytest.approx([0.5] * 40)
+    assert (pooled.get_ydata(), pooled.get_markerfacecolor()) == (pytest.approx([0.5]), "white")
+    assert (evaluation.get_ydata(), evaluation.get_markerfacecolor()) == (pytest.approx([2.5]), line.get_color())
+    assert floors[0].get_ydata() == pytest.approx([math.sqrt(2 * math.log(4) / 8)] * 2)
+    (heat,) = loads.get_images()
+    assert np.array(heat.get_array()).T.tolist() == [[2.0, 1.25, 0.625, 0.125]] * figures.TIME_BINS
+    colors = [heat.cmap(heat.norm(load)) for load in (0.125, 0.95, 1.0, 1.05, 8.0)]
+    assert colors[1] == colors[2] == colors[3]  # and about white
+    assert min(colors[2][:3]) > 0.95
+    assert max(colors[0][0], colors[4][2]) < 0.35
+    assert all(spine.get_edgecolor() == to_rgba(line.get_color()) for spine in loads.spines.values())
+    assert loads.get_title() == "softmax\nnone"
+
+
+def test_an_exact_zero_has_a_place_and_other_numbers_of_experts_are_said():
+    even = {"a": [8, 8, 8, 8]}
+    balance, loads = a_page([even] * 4, top_k=3)
+    assert balance.get_yscale() == "symlog"
+    assert balance.get_ylim()[0] < 0
+    assert loads.get_title() == "softmax\nnone\n2.0 experts a token"
+
+
+def test_pictures_are_small_and_the_same_again_and_what_is_missing_is_said(tmp_path, capsys, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(pictures, "PAGES", {name: pictures.PAGES[name] for name in ("share-losses", "hash", "top-k")})
+    job = SimpleNamespace(root=tmp_path, sweep="s")
+    with pytest.raises(SystemExit, match="has no result of these settings"):
+        pictures.write_pictures(job, tmp_path / "drawn")
+    for name in pictures.PAGES["share-losses"][1:]:
+        router, balance = name.split(" / ")
+        for seed in (0, 1):
+            steps = [{"a": torch.randint(0, 300, (64,)).tolist()} for _ in range(60)]
+            (tmp_path / f"{router}-{balance}-{seed}").mkdir()
+            path = tmp_path / f"{router}-{balance}-{seed}" / "result.json"
+            write_result(path, made(steps, router=router, balance=balance, pair=name, seed=seed))
+    pictures.write_pictures(job, tmp_path / "drawn")
+    told = capsys.readouterr().err.splitlines()
+    assert "share-losses: no result of softmax / none" in told
+    assert "hash: no result of softmax / none, hash / none" in told
+    drawn = {path.stem: path.read_bytes() for path in (tmp_path / "drawn").iterdir()}
+    assert drawn.keys() == {"top-k", "share-losses"}
+    assert all(len(picture) < 60_000 for picture in drawn.values())
+    with Image.open(tmp_path / "drawn" / "share-losses.png") as picture:
+        assert picture.width == 900
+        assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    pictures.write_pictures(job, tmp_path / "drawn")
+    assert {path.stem: path.read_bytes() for path in (tmp_path / "drawn").iterdir()} == drawn
+
+
+def test_every_page_has_its_picture_of_pairs_that_are_trained():
+    pairs = {
+        f"{router} / {balance}" for router, balance in OmegaConf.load(ROOT / "benchmarks/conf/pairs/all.yaml").list
+    }
+    assert {name for names in pictures.PAGES.values() for name in names} <= pairs
+    assert max(len(names) for names in pictures.PAGES.values()) <= len(pictures.STYLES)
+    pages = [path for folder in ("routers", "balancers") for path in (ROOT / "docs" / folder).glob("*.md")]
+    shown = {
+        (page.stem, name)
+        for page in pages
+        for name in re.findall(r"\(\.\./_static/sweep/(.+?)\.png\)", page.read_text("utf-8"))
+    }
+    assert shown == {(name, name) for name in pictures.PAGES}
+    assert {path.stem for path in (ROOT / "docs/_static/sweep").iterdir()} == pictures.PAGES.keys()

@@ -113,6 +113,9 @@ def test_a_sweep_is_trained_once_and_reported(shared, monkeypatch, capfd):
         assert f"]({plot.name})" in text
         assert 1_000 < plot.stat().st_size < 150_000
     assert "exists; move it away" in run(monkeypatch, *report)
+    assert run(monkeypatch, "mode=pictures", *shared) == 0
+    drawn = {path.name for path in Path("results").glob("*.png")}
+    assert drawn == {"count-bias.png", "null-experts.png", "quantile-bias.png"}  # sigmoid, score_bias is on these
 
 
 def test_a_training_that_fails_is_recorded_and_the_others_are_done(shared, monkeypatch, capfd):
@@ -174,7 +177,7 @@ def test_what_a_result_is_made_with_tells_it_from_others(shared, composing):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("mode=train", "mode=train is unknown; choose from run, sweep, timing, report"),
+        ("mode=train", "mode=train is unknown; choose from run, sweep, timing, report, pictures"),
         ("pairs.list=[softmax]", r"pairs\.list=\['softmax'\] must be a list of a router and a balance each"),
         ("pairs.list=[]", r"pairs.list=\[\] must be a list"),
         ("seeds=[]", r"seeds=\[\] must be a list"),
