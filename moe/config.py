@@ -112,7 +112,9 @@ def _signature(builder: Callable[..., Any]) -> inspect.Signature:
     """What a builder takes by name; of a class that hands ``**options`` on to its base, the base's parameters too."""
     kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     parameters: dict[str, inspect.Parameter] = {}
-    for part in builder.__mro__ if isinstance(builder, type) else (builder,):
+    if not isinstance(builder, type):
+        return inspect.signature(builder)
+    for part in builder.__mro__:
         theirs = inspect.signature(part).parameters.values()
         named = {p.name: p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in theirs if p.kind not in kinds}
         parameters = named | parameters

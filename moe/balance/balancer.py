@@ -103,6 +103,10 @@ class Balancer(Float32Buffers):
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         """Load as any module does; waits for the device where the rule counts steps."""
         super()._load_from_state_dict(*args, **options)
+        self.read_steps()
+
+    def read_steps(self) -> None:
+        """Count on from what the buffer says, after it was written to; waits for the device."""
         if self.steps is not None and not self.steps.is_meta:
             self._count_steps(int(self.steps))
 
@@ -138,7 +142,7 @@ class Balancer(Float32Buffers):
             return loss
         probability = parts[:, 1:].sum(0) * load.parts / load.tokens.clamp(min=1)
         counts = load.tokens_per_expert
-        shares = (counts / counts.sum().clamp(min=1)).to(parts.dtype)
+        shares = counts.to(parts.dtype) / counts.sum().clamp(min=1)
         found = torch.stack([each.coefficient * each.combine(shares, probability) for each in self.step_losses]).sum()
         return loss + found * (counts.sum() > 0)
 

@@ -178,9 +178,21 @@ def _best_match(calls: Sequence[Call], chosen: Int[Tensor, "T K"], scores: Float
     agreement = torch.stack([(call.chosen == chosen).double().mean() for call in calls])
     distance = torch.stack([(_scores_of(call.chosen, scores) - call.chosen_scores).abs().mean() for call in calls])
     found = list(zip(agreement.tolist(), distance.tolist()))
-    order = sorted(range(len(calls)), key=lambda place: (-found[place][0], found[place][1]))
+    # The very scores of a call tell more than its decision, which may have been a repeated one.
+    # Of equal calls, one whose losses were collected is the one that a backward pass is under way for.
+    order = sorted(
+        range(len(calls)),
+        key=lambda place: (
+            found[place][1] != 0,
+            -found[place][0],
+            found[place][1],
+            calls[place].owed.gradient is None,
+        ),
+    )
     best = order[0]
     agrees, away = found[best]
+    if away == 0 and found[order[1]][1] != 0:
+        return calls[best]
     advice = (
         "use torch.utils.checkpoint with use_reentrant=False and context_fn=moe.checkpoint_contexts, "
         "or run backward after each forward"

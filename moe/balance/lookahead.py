@@ -82,7 +82,7 @@ class LookaheadBias:
         move = quantile(counts.margins_ahead, counts.share)
         if counts.step >= self.early_steps:
             decided = quantile(counts.margins, counts.share)
-            longest = self.limit * (decided - decided.mean()).abs()
+            longest = self.limit * decided.abs()
             step = self.rate * _mean_margin(counts.margins) * rms_direction(counts.tokens_per_expert)
             move = move - decided + step.clamp(-longest, longest)
         moved = bias + move

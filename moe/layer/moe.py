@@ -78,7 +78,7 @@ class MoE(nn.Module):
             section 3.2); several shared experts of width F are one of width n * F. 0 for none.
         shared_gate: the shared expert's output is multiplied by a learnt sigmoid of the token.
         capacity_factor: None is dropless. A number gives every expert room for ``ceil(capacity_factor * T * K / E)``
-            assignments and drops the rest.
+            assignments and drops the rest; null experts count towards E there.
         drop_policy: what is dropped, see ``moe.config.DropPolicy``.
         recompute: "none", or "up": the routed experts keep only their input and the routing for backward, see
             ``moe.config.Recompute``.
@@ -136,11 +136,7 @@ class MoE(nn.Module):
         self.router = _fitting(router, dim, num_experts, top_k, needs_bias, batch_invariant)
         nulls = self.router.num_null_experts
         self.balancer = Balancer(terms, num_experts + nulls, nulls, top_k, device)
-        if self.balancer.request is not None and self.router.num_groups is not None:
-            raise ConfigError(
-                f"num_groups={self.router.num_groups} beside {terms.bias_rule}: a token that may not choose an expert "
-                "has no margin to it; take score_bias or rms_bias"
-            )
+        self._check_margins()
         expert: dict[str, Any] = {"activation": activation, "bias": bias, "batch_invariant": batch_invariant, **at}
         self.experts = GroupedExperts(
             num_experts, dim, hidden_dim, recompute=recompute, weight_grad_dtype=weight_grad_dtype, **expert
@@ -181,11 +177,11 @@ class MoE(nn.Module):
         ids = None if token_ids is None else token_ids.reshape(-1)
         repeated = in_backward() and (self.training or bool(self.calls.open_calls(training=False)))
         decide = self._replay if repeated else self._decide
-        chosen, kept, call = decide(tokens, mask, ids, num_sequences=math.prod(x.shape[:-2]))
+        chosen, kept, call = decide(tokens, mask, ids, num_sequences=math.prod(x.shape[:-2]) if len(tokens) else 1)
         parts = self.balancer.parts(chosen, self.router.weight) if self.training else None
         y = self.dispatcher.run(self.experts, tokens, kept)
         if chosen.num_null_experts and self.router.null_output is NullOutput.IDENTITY:
-            y = y + null_weight(chosen)[:, None].to(y.dtype) * tokens
+            y = y + (null_weight(chosen)[:, None] * tokens).to(y.dtype)
         if self.shared is not None:
             y = y + self.shared(tokens)
         # No view, which FSDP2 would warn about: nobody else has the tensor that it would be a view of.
@@ -205,7 +201,8 @@ class MoE(nn.Module):
         self, x: Tensor, mask: Tensor | None, ids: Tensor | None, num_sequences: int
     ) -> tuple[Routing, Routing, Call]:
         """A new decision: as the router made it, as it is carried out, and what a recomputation needs to know."""
-        replay = self.script.next if self.script is not None and not self.script.is_written else None
+        script = self.script
+        replay = script.next(len(x), self.router.num_slots) if script is not None and not script.is_written else None
         chosen = replace(self.router(x, mask, replay, ids), num_sequences=num_sequences)
         kept = without_null(chosen)
         if self.capacity_factor is not None:
@@ -232,8 +229,8 @@ class MoE(nn.Module):
 
     def _count(self, chosen: Routing, kept: Routing, tokens: Tensor) -> bool:
         """Note a new decision; returns whether it is only announced, as the step's own pass comes later."""
-        for observer in self.observers:
-            observer(chosen, kept)
+        if self.observers:
+            self._tell(chosen, kept)
         if self.script is not None and self.script.is_written:
             self.script.write(chosen.expert_ids)
             return True
@@ -241,6 +238,26 @@ class MoE(nn.Module):
         if self.training:
             self.balancer.observe(chosen, tokens, self.router.score_bias)
         return False
+
+    @torch.compiler.disable
+    def _tell(self, chosen: Routing, kept: Routing) -> None:
+        """Show a decision to all observers; a compiled layer would be compiled for each."""
+        for observer in self.observers:
+            observer(chosen, kept)
+
+    def _check_margins(self) -> None:
+        """See that the router has what the bias rule asks for."""
+        request, rule, router = self.balancer.request, self.balancer.terms.bias_rule, self.router
+        if request is not None and router.num_groups is not None:
+            raise ConfigError(
+                f"num_groups={router.num_groups} beside {rule}: a token that may not choose an expert has no margin "
+                "to it; take score_bias or rms_bias"
+            )
+        if request is not None and request.ahead and router.adds_noise:
+            raise ConfigError(
+                f"router={type(router).__name__} beside {rule}: tokens that are scored again have other noise; "
+                "take quantile_bias"
+            )
 
     def _check(self, x: Tensor, token_mask: Tensor | None, token_ids: Tensor | None) -> None:
         if not x.is_floating_point():

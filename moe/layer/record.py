@@ -62,8 +62,10 @@ def replay_routing(model: nn.Module, decisions: Decisions) -> Iterator[None]:
     layers = dict(moe_layers(model))
     if unknown := sorted(decisions.keys() - layers.keys()):
         raise ConfigError(f"decisions has layer {unknown[0]!r}; the model's MoE layers are {', '.join(layers)}")
+    if busy := [name for name in decisions if layers[name].script is not None]:
+        raise ConfigError(f"layer {busy[0]!r} repeats other decisions already, or was announced by moe.count_ahead")
     for name, ids in decisions.items():
-        layers[name].script = Script(ids)
+        layers[name].script = Script(each.to(layers[name].router.weight.device) for each in ids)
     try:
         yield
         for name in decisions:
@@ -82,7 +84,9 @@ def count_ahead(model: nn.Module) -> Iterator[None]:
     Under gradient accumulation a loss over the step (``scope="global"``) needs the counts of micro-batches that are
     still to come. Send all of them through the model in here, without gradients, and then again to train on, in the
     same order; the second time they repeat their decisions. Losses and gradients are then exactly those of one batch
-    that holds them all, for the price of another forward pass. ::
+    that holds them all, for the price of another forward pass, if each layer is called equally often in each
+    micro-batch; under dropout or a noisy router, of one batch that had the draws of the first time. Compiled layers
+    leave their graphs meanwhile. ::
 
         with moe.count_ahead(model):
             for batch in micro_batches:
@@ -101,6 +105,7 @@ def count_ahead(model: nn.Module) -> Iterator[None]:
             )
         if layer.script is not None:
             raise ConfigError("count_ahead was called twice; end the step that was announced with moe.balance_step")
+    for layer in layers:
         layer.script = Script(is_written=True)
     try:
         with torch.no_grad(), _counting(layers) as counts:

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import final
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from moe.errors import ConfigError, ShapeError
@@ -11,7 +12,7 @@ from moe.errors import ConfigError, ShapeError
 
 @final
 class Script:
-    """What a layer decides in its next calls.
+    """What a layer decides in its next calls. A compiled layer leaves its graph to read or write it.
 
     Args:
         decisions: expert ids of each call ``(T, S)`` int32, in order; what a layer's ``chosen.expert_ids`` were.
@@ -22,6 +23,7 @@ class Script:
         self.decisions, self.is_written = list(decisions), is_written
         self._place = 0
 
+    @torch.compiler.disable
     def write(self, expert_ids: Int[Tensor, "T S"]) -> None:
         """Note what a call decided."""
         self.decisions.append(expert_ids)
@@ -31,8 +33,9 @@ class Script:
         """Decisions that no call has repeated yet."""
         return len(self.decisions) - self._place
 
-    def next(self, expert_ids: Int[Tensor, "T S"], _scores: Float[Tensor, "T E"]) -> Int[Tensor, "T S"]:
-        """What stands in the place of a new decision.
+    @torch.compiler.disable
+    def next(self, num_tokens: int, num_slots: int) -> Int[Tensor, "T S"]:
+        """What the next call decides.
 
         Raises:
             ConfigError: all decisions have been repeated.
@@ -41,10 +44,10 @@ class Script:
         if not self.left:
             raise ConfigError(f"all {len(self.decisions)} recorded decisions of this layer have been repeated already")
         found = self.decisions[self._place]
-        if found.shape != expert_ids.shape:
+        if found.shape != (num_tokens, num_slots):
             raise ShapeError(
                 f"recorded decision {self._place} has shape {tuple(found.shape)}, but the call decides on "
-                f"{tuple(expert_ids.shape)}: (tokens, slots)"
+                f"{(num_tokens, num_slots)}: (tokens, slots)"
             )
         self._place += 1
-        return found.to(expert_ids.device)
+        return found

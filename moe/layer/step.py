@@ -62,8 +62,9 @@ def balance_step(model: nn.Module, *, skipped: bool = False) -> dict[str, LoadSt
                 "moe.balance_loss(model) to the training loss, or construct MoE with balance=()",
                 stacklevel=2,
             )
-        if layer.balancer.planned is not None:
-            _end_script(name, layer)
+    unrepeated = _end_scripts(model)
+    if unrepeated and not skipped:
+        raise ConfigError(unrepeated)
     seen = {layer: look(layer) for _, layer in moe_layers(model) if layer.balancer.request is not None}
     loads = _take({name: (layer, layer.training_load.take()) for name, layer in moe_layers(model)}, seen)
     for name, layer in moe_layers(model):
@@ -128,13 +129,20 @@ def _counts_of(layer: MoE, calls: Collected) -> Int[Tensor, " C"]:
     return counts
 
 
-def _end_script(name: str, layer: MoE) -> None:
-    script, layer.script = layer.script, None
-    if script is not None and script.left:
-        raise ConfigError(
-            f"layer {name!r} repeated {len(script.decisions) - script.left} of {len(script.decisions)} decisions: "
-            "each forward pass in moe.count_ahead must come again before moe.balance_step, in the same order"
-        )
+def _end_scripts(model: nn.Module) -> str:
+    """End the announced step of all layers; returns what is wrong if a layer did not repeat all of it."""
+    wrong = ""
+    for name, layer in moe_layers(model):
+        script = layer.script
+        if script is None or (layer.balancer.planned is None and not script.is_written):
+            continue  # moe.replay_routing ends its own
+        layer.script = None
+        if script.left:
+            wrong = (
+                f"layer {name!r} repeated {len(script.decisions) - script.left} of {len(script.decisions)} decisions: "
+                "each forward pass in moe.count_ahead must come again before moe.balance_step, in the same order"
+            )
+    return wrong
 
 
 def _take(found: Mapping[str, tuple[MoE, LoadStats | None]], seen: dict[MoE, Seen]) -> dict[str, LoadStats]:

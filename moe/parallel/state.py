@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from moe.balance import Balancer
 from moe.errors import CheckpointError
 from moe.parallel.gather import gather
 from moe.parallel.norm import local_part
@@ -102,6 +103,10 @@ def load_state(parallel: Parallel, optimizer: torch.optim.Optimizer, whole: Whol
         }
     for name, buffer in _buffers(parallel):
         buffer.copy_(whole.tensors[name])
+    for part in parallel.parts:
+        for module in part.modules():
+            if isinstance(module, Balancer):
+                module.read_steps()
 
 
 def reshard(parallel: Parallel) -> None:

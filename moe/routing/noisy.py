@@ -28,7 +28,8 @@ class NoisyTopKRouter(Router):
     among the K best if only its own noise were drawn anew; the loss on the load needs it. (With a bias it is None: what
     is compared then are no longer the logits.)
 
-    Takes no groups. ``normalize=False`` weighs by the softmax over all experts instead.
+    Takes no groups. Ranks that divide a block by ``tp`` must draw the same noise, so they need the same seed there.
+    ``normalize=False`` weighs by the softmax over all experts instead.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538, equations 3-5 and, for the probability, 8-9 of appendix A). The
     weight of the noise starts at zero as there, which makes its deviation log 2; the router's own does not.
@@ -39,6 +40,7 @@ class NoisyTopKRouter(Router):
 
     score_function = ScoreFunction.SOFTMAX
     takes_groups = False
+    adds_noise = True
 
     noise_weight: nn.Parameter
 

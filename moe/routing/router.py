@@ -96,6 +96,9 @@ class Router(Float32Buffers, ABC):
     is_causal: ClassVar[bool] = True
     """Whether, in evaluation mode, a token's experts depend on no later token; else it cannot generate."""
 
+    adds_noise: ClassVar[bool] = False
+    """Whether decisions in training mode are drawn at random, so that the same tokens decided again differ."""
+
     _is_fused: ClassVar[bool] = False
 
     weight: nn.Parameter

@@ -102,7 +102,7 @@ def test_the_histogram_is_within_a_bin_of_the_exact_quantile(batch, num_calls, d
         count_margins(*part, bias, rows)
         for *part, rows in zip(scores.chunk(num_calls), ids.chunk(num_calls), mask.chunk(num_calls))
     )
-    counts = step_counts([0] * num_experts, top_k, int(mask.sum()), margins)
+    counts = step_counts([top_k * int(mask.sum())] + [0] * (num_experts - 1), top_k, int(mask.sum()), margins)
     moved, _ = QuantileBias(damping).updated(bias, torch.zeros(0, num_experts), counts)
 
     edges, low, high, exact = bin_edges().double(), [], [], []

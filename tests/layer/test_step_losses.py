@@ -22,7 +22,8 @@ TOKENS = 48
 def batch_and_mask():
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(TOKENS, 8, dtype=torch.float64, generator=generator)
-    return x + x[:1], torch.rand(TOKENS, generator=generator) < 0.8  # uneven: all tokens lean one way
+    mask = torch.rand(TOKENS, generator=generator) < 0.8
+    return (x + x[:1]).requires_grad_(), mask  # uneven: all tokens lean one way
 
 
 def step(model, batches, masks, *, ahead):
@@ -77,7 +78,7 @@ def test_without_the_announcement_a_micro_batch_knows_those_before_it():
     first, second = (alone.moe.router(alone.first(half)) for half in halves)
     counts = first.tokens_per_expert() + second.tokens_per_expert()
     probability = (second.scores / second.scores.sum(-1, keepdim=True)).mean(0)
-    assert losses[1] == pytest.approx((6 * (counts / counts.sum()) * probability).sum().item(), rel=1e-12)
+    assert losses[1] == pytest.approx((6 * (counts.double() / counts.sum()) * probability).sum().item(), rel=1e-12)
     assert losses[0] == pytest.approx(SwitchLoss()(first).item(), rel=1e-12)
 
 
