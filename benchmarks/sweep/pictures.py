@@ -136,7 +136,7 @@ def plot_balance(figure: SubFigure, rows: Sequence[Row]) -> None:
     axis.set_ylabel("MaxVio: largest load over mean load, less 1", fontsize=8)
     axis.set_title(NOTE, fontsize=8, loc="left")
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False, handlelength=1.5, columnspacing=1)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7.5, frameon=False, handlelength=1.5, columnspacing=1)
 
 
 def scale(axis: Axes, lowest: float) -> None:

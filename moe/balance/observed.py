@@ -80,12 +80,14 @@ class TokenSample:
 
 
 def every(routing: Routing, size: int | None) -> Routing:
-    """The decision on at most ``size`` tokens, evenly spaced, as far as margins need it; itself for None."""
+    """The decision on at most ``size`` tokens, evenly spaced, without gradients; itself for None."""
     mask = routing.token_mask
     if size is None or len(routing.scores) <= size:
         return routing
-    ids, scores = every_row(routing.expert_ids, size), every_row(routing.scores.detach(), size)
-    return Routing(ids, scores, scores, scores, None if mask is None else every_row(mask, size))
+    of_tokens = (routing.expert_ids, routing.weights, routing.scores, routing.logits)
+    return Routing(
+        *(every_row(each.detach(), size) for each in of_tokens), None if mask is None else every_row(mask, size)
+    )
 
 
 def every_row(rows: Tensor, size: int | None) -> Tensor:

@@ -36,6 +36,6 @@ class StepCounts:
 
     @property
     def share(self) -> Float[Tensor, ""]:
-        """The share of the tokens that an expert has at balance: K/E, or less where tokens take fewer than K."""
+        """The share of the tokens that an expert has at balance, float64: K/E, or less where tokens take fewer."""
         assignments, num_experts = self.tokens_per_expert.sum(), len(self.tokens_per_expert)
-        return assignments / (self.tokens.clamp(min=1) * num_experts)
+        return assignments.double() / (self.tokens.clamp(min=1) * num_experts)

@@ -9,6 +9,7 @@ from moe.errors import ConfigError
 from moe.kernels.margins import BINS, bin_edges, bin_of, count_margins, quantile
 from moe.parallel import Degrees, ParallelMesh, parallelize
 from moe.parallel.local_ranks import run_local
+from moe.parallel.state import gather_state, load_state
 
 
 def layer_of(seed=0, **options):
@@ -168,8 +169,48 @@ def test_what_does_not_fit_is_named():
         (name,) = options
         with pytest.raises(ConfigError, match=f"{name}="):
             LookaheadBias(**options)
+    with pytest.raises(ConfigError, match=r"NoisyTopKRouter beside LookaheadBias.*other noise"):
+        moe.MoE(8, 4, 4, 1, router="noisy_top_k", balance=[LookaheadBias()])
     with pytest.raises(ConfigError, match="num_groups=2 beside LookaheadBias"):
         moe.MoE(8, 4, 4, 1, router={"name": "sigmoid", "num_groups": 2, "top_groups": 1}, balance=[LookaheadBias()])
+
+
+@pytest.mark.parametrize(("router", "spread"), [("softmax", 0.8), ("sigmoid", 0.8), ("threshold", 0.5)])
+def test_late_steps_keep_what_early_ones_found_where_experts_differ(router, spread):
+    """Under a frozen router: one expert whose scores are spread widely must not set the steps of the others."""
+    torch.manual_seed(0)
+    layer = moe.MoE(16, 4, 16, 2, router=router, balance=[LookaheadBias(early_steps=40)])
+    with torch.no_grad():
+        layer.router.weight.normal_(0, spread)
+        mean, found = torch.randn(16), []
+        for _ in range(120):
+            layer(torch.randn(1024, 16) + mean)
+            found.append(moe.balance_step(layer)[""].max_vio.item())
+    early, late = sum(found[30:40]) / 10, sum(found[-10:]) / 10
+    assert late < 1.3 * early
+
+
+def resumed():
+    """On a rank: a step number after the state of a whole model was loaded."""
+    mesh = ParallelMesh(Degrees.parse("dp_shard=2"))
+    layer = layer_of(early_steps=2)
+    parallel = parallelize(layer, mesh)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    two_steps(layer, parallel.named_parameters(), slice(None))
+    whole = gather_state(parallel, optimizer)
+    layer.balancer.reset_parameters()
+    load_state(parallel, optimizer, _told(whole))
+    return layer.balancer.step_number, layer.balancer.request.decided
+
+
+def _told(whole):
+    found = [whole]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def test_a_run_that_resumes_over_ranks_knows_how_many_steps_there_were():
+    assert run_local(resumed, 2, timeout=60) == [(2, True)] * 2
 
 
 def test_edges_hold_the_quantile():

@@ -117,6 +117,38 @@ def test_another_context_fn_inside():
         assert torch.equal(gradients(model)[name], grad), name
 
 
+def test_selective_checkpointing_that_keeps_routing_keeps_a_replayed_decision():
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if "route" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    inner = functools.partial(create_selective_checkpoint_contexts, policy)
+    plain, model, batch = Model(balance=()), Model(balance=()), tokens()
+    decided = {"moe": [torch.randint(6, (40, 2), generator=torch.Generator().manual_seed(0)).int()]}
+    with moe.replay_routing(plain, decided):
+        plain(batch).square().mean().backward()
+    with moe.replay_routing(model, decided):
+        y = taped(model.body, batch, contexts=functools.partial(moe.checkpoint_contexts, inner))
+    y.square().mean().backward()
+    for name, grad in gradients(plain).items():
+        assert torch.equal(gradients(model)[name], grad), name
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+def test_exact_recomputations_of_replayed_calls_are_told_apart_by_their_scores(crossed):
+    """What they would decide themselves says nothing: each call was given the decision of the other."""
+    plain, model = Model(balance=()), Model("nonreentrant", balance=())
+    batches = [tokens(40, 1), tokens(40, 2)]
+    decided = [model.moe.router(model.first(batch)).expert_ids for batch in batches]
+    decided = decided[::-1] if crossed else decided
+    for m in (plain, model):
+        with moe.replay_routing(m, {"moe": decided}):
+            outputs = [m(batch) for batch in batches]
+        for y in outputs:
+            y.square().mean().backward()
+    for name, grad in gradients(plain).items():
+        assert torch.equal(gradients(model)[name], grad), name
+
+
 def test_a_recomputation_that_calls_more_often_is_noticed():
     model, batch = Model(balance=()), tokens()
 

@@ -46,6 +46,14 @@ def test_another_router_under_recorded_decisions_computes_and_learns_from_its_ow
     assert not torch.equal(other[0], expected[0])
 
 
+def test_a_layer_repeats_one_recording_at_a_time():
+    model = Model()
+    ids = {"moe": [torch.zeros(40, 2, dtype=torch.int32)]}
+    message = "layer 'moe' repeats other decisions already"
+    with pytest.raises(ConfigError, match=message), moe.replay_routing(model, ids), moe.replay_routing(model, ids):
+        pass
+
+
 @pytest.mark.parametrize(
     ("decisions", "calls", "error", "message"),
     [

@@ -1,5 +1,7 @@
 """Losses over a whole step: one process that holds the batch is the judge of every way to split it."""
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -146,57 +148,57 @@ def test_wrong_announcements_are_named():
     assert model.moe.script is None
 
 
-def test_an_announced_step_counts_once_and_repeats_its_decisions():
-    x, _ = batch_and_mask()
-    model = Model(balance=GLOBAL)
-    with moe.count_ahead(model):
-        model(x)
-        model(x[:7])
-    with moe.record_routing(model) as kept:
-        with torch.no_grad():
-            model.moe.router.weight.neg_()  # it would decide otherwise now
-        model(x)
-        model(x[:7])
-    with torch.no_grad():
-        model.moe.router.weight.neg_()
-    assert torch.equal(kept["moe"][0].expert_ids, model.moe.router(model.first(x)).expert_ids)
-    moe.balance_loss(model)
-    assert moe.balance_step(model)["moe"].tokens == TOKENS + 7
-
-
-class Twins(nn.Module):
-    """Two layers with losses over the step."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(moe.MoE(8, 8, 6, 2, balance=GLOBAL) for _ in range(2))
-        self.double()
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
-
-
-def count_reductions(ranks):
-    import torch.distributed as dist
-
+def test_an_announcement_that_fails_leaves_no_layer_announcing():
     model = Twins()
-    parallelize(model, ParallelMesh(Degrees.parse(f"dp_replicate={ranks}")))
-    calls, inner = [], dist.all_reduce
-
-    def counted(tensor, *args, **options):
-        calls.append(tensor.dtype)
-        return inner(tensor, *args, **options)
-
-    dist.all_reduce = counted
+    model.layers[1].eval()
+    with pytest.raises(ConfigError, match="evaluation mode"), moe.count_ahead(model):
+        pass
+    model.train()
     model(batch_and_mask()[0])
     moe.balance_loss(model)
-    in_loss = len(calls)
-    moe.balance_step(model)
-    return in_loss, len(calls) - in_loss
+    assert set(moe.balance_step(model)) == {"layers.0", "layers.1"}
 
 
-def test_all_layers_share_one_reduction():
-    assert run_local(count_reductions, 2, (2,), timeout=60) == [(1, 1)] * 2
+def test_a_skipped_step_ends_what_was_announced():
+    x, _ = batch_and_mask()
+    model = Twins()
+    with moe.count_ahead(model):
+        model(x)
+        model(x)
+    model(x)
+    moe.balance_loss(model)
+    assert set(moe.balance_step(model, skipped=True)) == {"layers.0", "layers.1"}
+    assert all(layer.script is None and layer.balancer.planned is None for layer in model.layers)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8)])
+def test_a_loss_over_sequences_takes_an_empty_batch(shape):
+    layer = moe.MoE(8, 8, 6, 2, balance=(SwitchLoss(0.1, scope="sequence"),))
+    x = torch.randn(shape, requires_grad=True)
+    (layer(x).sum() + moe.balance_loss(layer)).backward()
+    assert x.grad.shape == shape
+    assert (layer.router.weight.grad == 0).all()
+
+
+COMPILED = """
+import torch, moe
+
+layer = moe.MoE(8, 8, 6, 2, balance=(moe.SwitchLoss(0.1, scope="global"),))
+compiled, x = torch.compile(layer, backend="eager"), torch.randn(12, 8)
+torch._dynamo.config.error_on_recompile = False
+torch._dynamo.config.fail_on_recompile_limit_hit = True
+for _ in range(6):
+    with moe.count_ahead(layer):
+        for part in x.split(1):
+            compiled(part)
+    for part in x.split(1):
+        compiled(part)
+        moe.balance_loss(layer).backward()
+    assert moe.balance_step(layer)[""].tokens == 12
+"""
+
+
+def test_an_announced_step_does_not_compile_a_layer_for_each_micro_batch():
+    """In a process of its own: the checks of annotations cannot be traced."""
+    found = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stderr[-2000:]
