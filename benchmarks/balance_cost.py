@@ -103,7 +103,7 @@ def composed(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
 def main(config: DictConfig) -> None:
     """Time all balances in turns, and write the table to benchmarks/results/."""
     arguments = list(HydraConfig.get().overrides.task)
-    settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, ["timing"]))["timing"]
+    settings: Any = OmegaConf.to_container(config.timing)
     jobs = dict(composed(arguments))
     torch.set_num_threads(1)
     first = next(iter(jobs.values())).settings

@@ -84,9 +84,12 @@ def every(routing: Routing, size: int | None) -> Routing:
     mask = routing.token_mask
     if size is None or len(routing.scores) <= size:
         return routing
-    of_tokens = (routing.expert_ids, routing.weights, routing.scores, routing.logits)
     return Routing(
-        *(every_row(each.detach(), size) for each in of_tokens), None if mask is None else every_row(mask, size)
+        expert_ids=every_row(routing.expert_ids, size),
+        weights=every_row(routing.weights.detach(), size),
+        scores=every_row(routing.scores.detach(), size),
+        logits=every_row(routing.logits.detach(), size),
+        token_mask=None if mask is None else every_row(mask, size),
     )
 
 

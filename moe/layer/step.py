@@ -71,9 +71,9 @@ def balance_step(model: nn.Module, *, skipped: bool = False) -> dict[str, LoadSt
         layer.balancer.end_step()
         if name in loads and not skipped:
             load, found = loads[name], seen.get(layer)
-            margins = (None, None) if found is None else found.read()
+            decided, ahead = (None, None) if found is None else found.read()
             number = layer.balancer.step_number
-            counts = StepCounts(load.tokens_per_expert, load.tokens, layer.top_k, *margins, step=number)
+            counts = StepCounts(load.tokens_per_expert, load.tokens, layer.top_k, decided, ahead, number)
             layer.balancer.step(layer.router.score_bias, counts)
     return loads
 

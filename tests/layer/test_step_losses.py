@@ -180,6 +180,44 @@ def test_a_loss_over_sequences_takes_an_empty_batch(shape):
     assert (layer.router.weight.grad == 0).all()
 
 
+class Twins(nn.Module):
+    """Two layers with losses over the step."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(moe.MoE(8, 8, 6, 2, balance=GLOBAL) for _ in range(2))
+        self.double()
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def count_reductions(ranks):
+    import torch.distributed as dist
+
+    model = Twins()
+    parallelize(model, ParallelMesh(Degrees.parse(f"dp_replicate={ranks}")))
+    calls, inner = [], dist.all_reduce
+
+    def counted(tensor, *args, **options):
+        calls.append(tensor.dtype)
+        return inner(tensor, *args, **options)
+
+    dist.all_reduce = counted
+    model(batch_and_mask()[0])
+    moe.balance_loss(model)
+    in_loss = len(calls)
+    moe.balance_step(model)
+    return in_loss, len(calls) - in_loss
+
+
+def test_all_layers_share_one_reduction():
+    assert run_local(count_reductions, 2, (2,), timeout=60) == [(1, 1)] * 2
+
+
 COMPILED = """
 import torch, moe
 
