@@ -4,7 +4,7 @@ Sizes: T tokens, D dim, E experts, F hidden_dim, K experts per token.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, final
 
@@ -28,13 +28,11 @@ from moe.config import DropPolicy, NullOutput, make, option, require_positive, r
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.errors import ConfigError, DtypeError, ShapeError
 from moe.experts import FeedForward, GroupedExperts
-from moe.layer.script import Script
+from moe.layer.defaults import default_balance
+from moe.layer.script import Observers, Script
 from moe.monitor import LoadCounter
 from moe.routing import ROUTERS, Router, limit_capacity, null_weight, without_null
 from moe.types import Routing
-
-DEFAULT_BALANCE: Mapping[str, Mapping[str, Any]] = {"squared_deviation": {"coefficient": 0.01}}
-"""What balances a layer unless told otherwise."""
 
 
 class PoolCounts(Protocol):
@@ -48,10 +46,6 @@ class PoolCounts(Protocol):
     def __call__(self, counts: Sequence[Int[Tensor, "..."]]) -> list[Tensor]:
         """The sums of int64 tensors, in the same order; every device calls it with the same layers."""
         ...
-
-
-Observer = Callable[[Routing, Routing], None]
-"""Sees each new decision of a layer: as the router made it, and as it is carried out."""
 
 
 @final
@@ -87,7 +81,8 @@ class MoE(nn.Module):
         batch_invariant: a token's output does not depend, in any bit, on what else is in its batch (with a capacity it
             does, on what is dropped). See docs/explanation/determinism.md for what it costs.
         balance: losses and at most one bias rule, as objects or as a mapping of names to options, see
-            ``moe.balance.make_balance``. ``()`` for none.
+            ``moe.balance.make_balance``. ``()`` for none; None for what suits the router, ``lookahead_bias`` for most,
+            see ``moe.layer.default_balance``.
 
     Raises:
         ConfigError: an option has a value it cannot have.
@@ -110,7 +105,7 @@ class MoE(nn.Module):
         recompute: str = "none",
         weight_grad_dtype: torch.dtype | None = None,
         batch_invariant: bool = False,
-        balance: BalanceSpec = DEFAULT_BALANCE,
+        balance: BalanceSpec | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -125,10 +120,10 @@ class MoE(nn.Module):
             )
         self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
         self.capacity_factor, self.drop_policy = capacity_factor, option(DropPolicy, "drop_policy", drop_policy)
-        terms = make_balance(balance)
-        at: dict[str, Any] = {"device": device, "dtype": dtype}
         if not isinstance(router, str | Mapping | Router):
             raise ConfigError(f"router={router!r} must be a name, a mapping with a name, or a Router")
+        terms = make_balance(default_balance(router) if balance is None else balance)
+        at: dict[str, Any] = {"device": device, "dtype": dtype}
         needs_bias = terms.bias_rule is not None
         if not isinstance(router, Router):
             sizes = {"dim": dim, "num_experts": num_experts, "top_k": top_k, "score_bias": needs_bias}
@@ -147,7 +142,7 @@ class MoE(nn.Module):
         self.calls = CallLog()
         self.training_load, self.evaluation_load = LoadCounter(), LoadCounter()
         self.script: Script | None = None
-        self.observers: list[Observer] = []
+        self.observers = Observers()
 
     def forward(
         self,
@@ -229,8 +224,8 @@ class MoE(nn.Module):
 
     def _count(self, chosen: Routing, kept: Routing, tokens: Tensor) -> bool:
         """Note a new decision; returns whether it is only announced, as the step's own pass comes later."""
-        if self.observers:
-            self._tell(chosen, kept)
+        if self.observers.are_any:
+            self.observers.show(chosen, kept)
         if self.script is not None and self.script.is_written:
             self.script.write(chosen.expert_ids)
             return True
@@ -238,12 +233,6 @@ class MoE(nn.Module):
         if self.training:
             self.balancer.observe(chosen, tokens, self.router.score_bias)
         return False
-
-    @torch.compiler.disable
-    def _tell(self, chosen: Routing, kept: Routing) -> None:
-        """Show a decision to all observers; a compiled layer would be compiled for each."""
-        for observer in self.observers:
-            observer(chosen, kept)
 
     def _check_margins(self) -> None:
         """See that the router has what the bias rule asks for."""

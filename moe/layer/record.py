@@ -35,7 +35,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
 
     observers = [(layer, partial(observe, name)) for name, layer in moe_layers(model)]
     for layer, observer in observers:
-        layer.observers.append(observer)
+        layer.observers.add(observer)
     try:
         yield kept
     finally:
@@ -134,7 +134,7 @@ def _counting(layers: Sequence[MoE]) -> Iterator[dict[MoE, Tensor]]:
 
     observers = [(layer, partial(count, layer)) for layer in layers]
     for layer, observer in observers:
-        layer.observers.append(observer)
+        layer.observers.add(observer)
     try:
         yield counts
     finally:

@@ -1,18 +1,65 @@
-"""Decisions of a layer in order, to be repeated."""
+"""What others do with a layer's decisions: look at them, write them down, have them repeated.
 
-from collections.abc import Iterable
-from typing import final
+A compiled layer leaves its graph for any of these, or it would be compiled for each list and each place in it. What
+torch.compile must not follow is marked when an object is made and not in the class: the mark imports the compiler.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, final
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from moe.errors import ConfigError, ShapeError
+from moe.types import Routing
+
+Observer = Callable[[Routing, Routing], None]
+"""Sees each new decision of a layer: as the router made it, and as it is carried out."""
+
+
+@final
+class Observers:
+    """Who sees a layer's decisions."""
+
+    def __init__(self) -> None:
+        self.are_any = False
+        self._all: list[Observer] = []
+        self._shown: Observer | None = None
+
+    def add(self, observer: Observer) -> None:
+        """Show it all decisions from now on."""
+        self._all.append(observer)
+        self.are_any = True
+        if self._shown is None:
+            self._shown = torch.compiler.disable(self._show_all)
+
+    def remove(self, observer: Observer) -> None:
+        """Show it no more."""
+        self._all.remove(observer)
+        self.are_any = bool(self._all)
+
+    def show(self, chosen: Routing, kept: Routing) -> None:
+        """Show a decision to all."""
+        assert self._shown is not None
+        self._shown(chosen, kept)
+
+    def _show_all(self, chosen: Routing, kept: Routing) -> None:
+        for observer in self._all:
+            observer(chosen, kept)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Observers":
+        """Nobody has asked to see a copied layer."""
+        return Observers()
+
+    def __reduce__(self) -> tuple[type["Observers"], tuple[()]]:
+        """Nor an unpickled one."""
+        return Observers, ()
 
 
 @final
 class Script:
-    """What a layer decides in its next calls. A compiled layer leaves its graph to read or write it.
+    """What a layer decides in its next calls.
 
     Args:
         decisions: expert ids of each call ``(T, S)`` int32, in order; what a layer's ``chosen.expert_ids`` were.
@@ -22,19 +69,17 @@ class Script:
     def __init__(self, decisions: Iterable[Int[Tensor, "_ _"]] = (), *, is_written: bool = False) -> None:
         self.decisions, self.is_written = list(decisions), is_written
         self._place = 0
-
-    @torch.compiler.disable
-    def write(self, expert_ids: Int[Tensor, "T S"]) -> None:
-        """Note what a call decided."""
-        self.decisions.append(expert_ids)
+        self.next = torch.compiler.disable(self._next)
+        """Takes the number of tokens and of slots; see ``_next``."""
+        self.write = torch.compiler.disable(self.decisions.append)
+        """Takes what a call decided."""
 
     @property
     def left(self) -> int:
         """Decisions that no call has repeated yet."""
         return len(self.decisions) - self._place
 
-    @torch.compiler.disable
-    def next(self, num_tokens: int, num_slots: int) -> Int[Tensor, "T S"]:
+    def _next(self, num_tokens: int, num_slots: int) -> Int[Tensor, "T S"]:
         """What the next call decides.
 
         Raises:

@@ -134,8 +134,9 @@ def experts_backward() -> None:
 def route() -> None:
     scores = empty(TOKENS, EXPERTS, dtype=torch.float32)
     for score_function in ("softmax", "sqrt_softplus"):  # sigmoid has fewer numbers to keep than either
-        ids, weights, _ = router.route(scores, None, None, TOP_K, score_function, False, True, 1.0, 1, 1)
-        router.weigh(scores, ids, score_function, True, 1.0)
+        options = (TOP_K, score_function, False, True, 1.0, 1, 1)
+        ids, weights, _ = router.route(scores, None, None, None, *options)
+        router.route(scores, None, None, ids, *options)
         router.route_backward(weights, scores, scores, ids, score_function, True, 1.0)
 
 

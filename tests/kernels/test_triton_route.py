@@ -95,7 +95,7 @@ def test_agrees_with_the_reference_on_every_kind_of_float(score_function: str) -
         ids, _, scores = route(leaf, top_k, score_function=score_function)
         grad = torch.autograd.grad(scores, leaf, torch.ones_like(scores))[0]
         # By name: where ttsem stands in for a GPU, it has every tensor say that it is on one.
-        expected = reference.route(logits, None, None, top_k, score_function, False, False, 1.0, 1, 1)
+        expected = reference.route(logits, None, None, None, top_k, score_function, False, False, 1.0, 1, 1)
         expected_grad = reference.route_backward(
             None, torch.ones(40, 11), expected[2], expected[0], score_function, False, 1.0
         )
