@@ -32,7 +32,6 @@ def make(dim=8, hidden_dim=16, num_experts=6, top_k=2, **options):
         ({"top_k": 1.5}, "top_k=1.5 must be a whole number"),
         ({"num_experts": 4.5}, "num_experts=4.5 must be a whole number"),
         ({"router": None}, "router=None must be a name, a mapping with a name, or a Router"),
-        ({"balance": None}, "balance=None must be a mapping"),
         ({"balance": "switch"}, "balance='switch' must be a mapping"),
         ({"balance": {"switch": 0.01}}, "balance='switch' has options 0.01; they must be a mapping"),
         ({"balance": [moe.SwitchLoss]}, "balance=SwitchLoss is a class; give an instance"),

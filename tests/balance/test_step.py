@@ -41,7 +41,7 @@ def test_losses_that_nobody_collects_are_reported():
 
 
 def test_hundreds_of_uncollected_losses_are_reported_and_let_go():
-    layer = moe.MoE(4, 4, 2, 1)
+    layer = moe.MoE(4, 4, 2, 1, balance=[moe.SquaredDeviation()])
     for _ in range(64):
         layer(torch.zeros(1, 4))
     with pytest.warns(UserWarning, match=r"64 forward passes in training mode without moe\.balance_loss"):
