@@ -1,15 +1,14 @@
-"""Margins: how far each expert's score is below the best that a token did not choose, counted in bins.
+"""Margins: by how much each token misses each expert, or has it to spare, counted in bins.
 
 Example, 1 token, E=4, K=2, no bias::
 
     scores     = [[.7, .1, .4, .3]]
-    expert_ids = [[0, 2]]              # so the best score that was not chosen is .3
-    margins    = [[-.4, .2, -.1, 0.]]  # .3 minus the scores: below 0 for the chosen, 0 for the runner-up
+    expert_ids = [[0, 2]]
+    margins    = [[-.4, .3, -.1, .1]]  # .3 minus the scores of the chosen, below 0; .4 minus those of the others
 
-The quantile balancer holds the best scores that were not chosen fixed and moves each bias by the K/E quantile of its
-expert's margins: then K/E of all tokens score the expert above them. For a bias that falls these are the tokens that
-would still choose the expert, all else equal; one that rises must beat the worst chosen score too. The histograms of
-micro-batches and devices add.
+A chosen expert would lose the token to the best other one, at .3; the others have to beat the worst chosen one, at .4.
+So an expert whose bias rose by delta alone would have the tokens with a margin below delta, and the K/E quantile of its
+margins is the change of its bias that gives it K/E of the tokens. The histograms of micro-batches and devices add.
 """
 
 import torch

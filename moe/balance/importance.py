@@ -62,7 +62,8 @@ class LoadLoss:
         """
         if routing.selection_probability is None:
             raise ConfigError(
-                "balance='load' needs the probability of each choice under noise, which only router='noisy_top_k' has"
+                "balance='load' needs the probability of each choice under noise, which only router='noisy_top_k' has, "
+                "and only without a bias rule beside it"
             )
         return squared_variation(mean_over_tokens(routing.selection_probability, routing))
 

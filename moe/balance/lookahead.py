@@ -77,14 +77,15 @@ class LookaheadBias:
         Raises:
             ConfigError: the counts are without margins.
         """
-        if counts.margins is None or counts.margins_ahead is None:
+        decided, ahead = counts.margins, counts.margins_ahead
+        if ahead is None or (decided is None and counts.step >= self.early_steps):
             raise ConfigError("counts.margins=None must be a histogram: a LookaheadBias moves by the margins of a step")
-        move = quantile(counts.margins_ahead, counts.share)
-        if counts.step >= self.early_steps:
-            decided = quantile(counts.margins, counts.share)
-            longest = self.limit * decided.abs()
-            step = self.rate * _mean_margin(counts.margins) * rms_direction(counts.tokens_per_expert)
-            move = move - decided + step.clamp(-longest, longest)
+        move = quantile(ahead, counts.share)
+        if decided is not None:
+            own = quantile(decided, counts.share)
+            longest = self.limit * own.abs()
+            step = self.rate * _mean_margin(decided) * rms_direction(counts.tokens_per_expert)
+            move = move - own + step.clamp(-longest, longest)
         moved = bias + move
         return where(counts.tokens > 0, moved - moved.mean(), bias), state
 

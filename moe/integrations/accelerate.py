@@ -9,7 +9,9 @@ from moe.integrations.reporter import BalanceReporter, Figures
 from moe.layer import balance_step
 
 
-def step_if_synced(accelerator: Accelerator, model: nn.Module, reporter: BalanceReporter) -> None:
+def step_if_synced(
+    accelerator: Accelerator, model: nn.Module, reporter: BalanceReporter, step: int | None = None
+) -> None:
     """Call ``moe.balance_step`` if an optimizer step has just been made; do nothing within an accumulation.
 
     ::
@@ -27,11 +29,13 @@ def step_if_synced(accelerator: Accelerator, model: nn.Module, reporter: Balance
         accelerator: that prepared the model.
         model: as it was prepared; layers are reported by their names in the model before that.
         reporter: takes in each step's load; the first process alone reports.
+        step: optimizer steps done, this one included; None for one more than the last time. Give it in a run that goes
+            on from a checkpoint, or its reports begin with step 1 again.
     """
     if accelerator.sync_gradients:
         whole = accelerator.unwrap_model(model, keep_torch_compile=False)
         loads = balance_step(whole, skipped=accelerator.optimizer_step_was_skipped)
-        reporter.add(loads, report=accelerator.is_main_process)
+        reporter.add(loads, step, report=accelerator.is_main_process)
 
 
 @final

@@ -69,12 +69,16 @@ class BalanceReporter:
                 goes on from a checkpoint. One that is not above the last is of another run: the pool starts empty.
             report: False leaves the sinks alone, as all processes but the first should.
         """
-        now = self.step + 1 if step is None else step
-        if now <= self.step:
+        before, now = self.step, self.step + 1 if step is None else step
+        if now <= before:
             self._steps.clear()
+        if not self._steps:
+            before = now - 1
         self.step = now
         self._steps.append(loads)
-        if report and self._sinks and now % self.every == 0 and (figures := self.figures()):
+        # Steps may be counted by more than one: a report is due where a multiple of ``every`` was reached or passed.
+        is_due = now // self.every > before // self.every
+        if report and self._sinks and is_due and (figures := self.figures()):
             for sink in self._sinks:
                 sink(now, figures)
 

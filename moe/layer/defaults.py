@@ -17,14 +17,15 @@ _NOT_BY_SCORES: Mapping[str, BalanceSpec] = {
     "base": {},
     "hash": {},
 }
-"""Of routers that are balanced by construction, cannot be, or have a balance of their own."""
+"""Of routers that balance by themselves in training, cannot be balanced, or have a balance of their own."""
 
 
 def default_balance(router: str | Mapping[str, Any] | Router) -> BalanceSpec:
     """The balance that suits a router.
 
     ``lookahead_bias`` where scores decide; with groups, to whose margins it has no access, ``squared_deviation``. What
-    the papers have for ``noisy_top_k``, ``relu`` and ``threshold``; nothing for routers that no loss or bias can move.
+    the papers have for ``noisy_top_k``, ``relu`` and ``threshold``; nothing for routers that balance by themselves in
+    training, or not at all.
 
     Args:
         router: as `moe.MoE` takes it. One of a user's own gets ``lookahead_bias`` if it was made with ``score_bias``.

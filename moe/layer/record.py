@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from moe.balance import StepLoad, count_tokens
-from moe.errors import ConfigError
+from moe.errors import ConfigError, DtypeError
 from moe.layer.moe import MoE, moe_layers
 from moe.layer.script import Script
 from moe.layer.step import pool, ranks_of
@@ -56,7 +56,9 @@ def replay_routing(model: nn.Module, decisions: Decisions) -> Iterator[None]:
         decisions: of the calls to come, of each layer or of some of them.
 
     Raises:
-        ConfigError: a layer is unknown, is called more often than there are decisions, or less often.
+        ConfigError: a layer is unknown, repeats something already, is called more often than there are decisions, or
+            less often; or an id is out of range. Looking at ids waits for their device, once.
+        DtypeError: ids are not int32.
         ShapeError: a decision is of another number of tokens or slots.
     """
     layers = dict(moe_layers(model))
@@ -64,6 +66,8 @@ def replay_routing(model: nn.Module, decisions: Decisions) -> Iterator[None]:
         raise ConfigError(f"decisions has layer {unknown[0]!r}; the model's MoE layers are {', '.join(layers)}")
     if busy := [name for name in decisions if layers[name].script is not None]:
         raise ConfigError(f"layer {busy[0]!r} repeats other decisions already, or was announced by moe.count_ahead")
+    for name, ids in decisions.items():
+        _check_ids(name, ids, layers[name].balancer.num_experts)
     for name, ids in decisions.items():
         layers[name].script = Script(each.to(layers[name].router.weight.device) for each in ids)
     try:
@@ -75,6 +79,17 @@ def replay_routing(model: nn.Module, decisions: Decisions) -> Iterator[None]:
     finally:
         for name in decisions:
             layers[name].script = None
+
+
+def _check_ids(name: str, decisions: Sequence[Tensor], num_experts: int) -> None:
+    for place, ids in enumerate(decisions):
+        if ids.dtype != torch.int32:
+            raise DtypeError(f"decision {place} of layer {name!r} is {ids.dtype}; expert ids are torch.int32")
+        low, high = (int(bound) for bound in ids.aminmax()) if ids.numel() else (-1, -1)
+        if low < -1 or high >= num_experts:
+            raise ConfigError(
+                f"decision {place} of layer {name!r} has ids {low} to {high}; they must be -1 to {num_experts - 1}"
+            )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moe.balance import MarginCounter
+from moe.balance import MarginCounter, MarginRequest
 from moe.kernels.margins import BINS
 from moe.kernels.route.logits import router_logits
 from moe.layer.moe import MoE
@@ -22,13 +22,16 @@ class Seen:
     num_experts: int
     """E, null experts included."""
 
-    counts: Int[Tensor, " C"]
-    """int64; E * BINS margins as decided, then as many under the new weight."""
+    request: MarginRequest
+    """What was asked for."""
 
-    def read(self) -> tuple[Int[Tensor, "E bins"], Int[Tensor, "E bins"]]:
-        """The two histograms; of zeros where they were not asked for."""
-        decided, ahead = self.counts.view(2, self.num_experts, BINS).unbind()
-        return decided, ahead
+    counts: Int[Tensor, " C"]
+    """int64; the E * BINS margins as decided, those under the new weight, or both."""
+
+    def read(self) -> tuple[Tensor | None, Tensor | None]:
+        """The two histograms ``(E, BINS)``; None for one that was not asked for."""
+        found = list(self.counts.view(-1, self.num_experts, BINS))
+        return found.pop(0) if self.request.decided else None, found.pop(0) if self.request.ahead else None
 
 
 @torch.no_grad()
@@ -41,12 +44,14 @@ def look(layer: MoE) -> Seen:
     request, bias = balancer.request, router.score_bias
     assert request is not None
     assert bias is not None
-    ahead = MarginCounter(balancer.num_experts)
+    counters = [balancer.margins] if request.decided else []
     if request.ahead:
+        ahead = MarginCounter(balancer.num_experts)
+        counters.append(ahead)
         whole = getattr(router.weight, "full_tensor", None)
         weight = router.weight if whole is None else whole()
         for tokens, mask in balancer.sample.take():
             logits = router_logits(tokens, weight, batch_invariant=router.batch_invariant)
             ahead.count(router.decide(logits, Tokens(mask), None), bias)
-    found = (counter.take(bias.device).flatten() for counter in (balancer.margins, ahead))
-    return Seen(balancer.num_experts, torch.cat([*found]).long())
+    counts = torch.cat([counter.take(bias.device).flatten() for counter in counters]).long()
+    return Seen(balancer.num_experts, request, counts)

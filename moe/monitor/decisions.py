@@ -97,7 +97,8 @@ def router_margin(decisions: Decisions, score_bias: Float[Tensor, " E"] | None =
     """How near decisions are to flipping: the worst chosen score minus the best one that was not chosen.
 
     Mean over the tokens that have an expert and could have another one. 0 where there is no such token. Top-k by these
-    scores gives no negative gap; groups, noise and expert choice, which do not take the best scores of a token, can.
+    scores gives no negative gap; decisions that do not take a token's best scores can: under groups or noise, by expert
+    choice, hash, Sinkhorn or BASE, or replayed.
 
     Args:
         decisions: with scores.

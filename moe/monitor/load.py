@@ -101,10 +101,10 @@ class LoadStats:
 
     @property
     def entropy(self) -> Float[Tensor, ""]:
-        """Entropy of the load over log E: 1 is even, log K / log E is all on K."""
+        """Entropy of the load over log E: 1 is even, log K / log E is all on K. 0 for a single expert."""
         load = self.load
         scale = math.log(load.numel()) if load.numel() > 1 else 1.0
-        return -torch.xlogy(load, load).sum() / scale
+        return torch.xlogy(load, load).sum().neg().clamp(min=0) / scale  # not -0
 
     @property
     def dead_experts(self) -> Int[Tensor, ""]:

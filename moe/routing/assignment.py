@@ -22,18 +22,23 @@ _TIES = 2**16
 _NONE = 2**60
 """The cost of what is impossible: above every sum of E scores, and two of it are still a number."""
 
-_SWEEPS = 12
+_SWEEPS = 30
 """Of prices: enough to leave few exchanges, which cost more."""
+
+_FAR = 2**12
+"""How far a score may be from its token's median, over how far the largest of a usual token is."""
 
 
 def balanced_assignment(scores: NDArray[np.floating], top_k: int) -> NDArray[np.int32]:
     """K distinct experts for each token such that loads differ by at most one and the sum of the scores is the largest.
 
-    The sum is less than the largest possible by at most ``T * K * 2^-32`` times the range of the scores: scores nearer
-    to each other than that are told apart by a fixed pattern.
+    The sum is less than the largest possible by at most ``T * K * 2^-31`` times the largest range of a token's scores:
+    scores nearer to each other than that are told apart by a fixed pattern.
 
     Args:
-        scores: ``(T, E)``; what is not finite counts as the nearest finite float32, NaN as the largest.
+        scores: ``(T, E)``. What is not finite counts as the nearest finite float32, NaN as the largest. A score that is
+            thousands of times as far from the median of its token as is usual counts as less far, so that one that has
+            run away leaves the others apart.
         top_k: K, at most E.
 
     Returns:
@@ -50,6 +55,12 @@ def balanced_assignment(scores: NDArray[np.floating], top_k: int) -> NDArray[np.
 def _whole_numbers(scores: NDArray[np.floating]) -> Ints:
     largest, tiny = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
     scores = np.nan_to_num(scores.astype(np.float64), nan=largest, posinf=largest, neginf=-largest)
+    # The best assignment stays the best if a token's scores are all raised alike.
+    scores -= np.median(scores, axis=1, keepdims=True)
+    reach = np.abs(scores).max(1)
+    if (reach > 0).any():
+        far = _FAR * np.median(reach[reach > 0])
+        scores = scores.clip(-far, far)
     lowest, highest = scores.min(initial=largest), scores.max(initial=-largest)
     units = (scores - lowest) / max(highest - lowest, tiny) * _SCALE
     ties = np.random.default_rng(0).integers(0, _TIES, scores.shape)
@@ -105,12 +116,13 @@ def _balance(scores: Ints, has: NDArray[np.bool_], top_k: int) -> None:
         chain, total = _cheapest_chain(cost, sources, targets)
         if not is_uneven and total >= 0:
             return
-        moved = [_exchange(scores, has, source, target) for source, target in pairwise(chain)]
+        moved = [(_exchange(scores, has, source, target), target) for source, target in pairwise(chain)]
         load[chain[0]] -= 1
         load[chain[-1]] += 1
-        # What else a moved token has can now go where it was, and no longer to where it is.
-        for e in {*chain, *np.nonzero(has[moved])[1].tolist()}:
+        for e in chain[:-1]:
             cost[e] = _exchange_costs(scores, has, e)
+        for token, target in moved:
+            _correct_costs(cost, scores, has, token, target)
 
 
 def _exchange_costs(scores: Ints, has: NDArray[np.bool_], expert: int) -> Ints:
@@ -119,6 +131,16 @@ def _exchange_costs(scores: Ints, has: NDArray[np.bool_], expert: int) -> Ints:
     losses = np.where(has[own], _NONE, scores[own, expert][:, None] - scores[own])
     least: Ints = losses.min(0, initial=_NONE)
     return least
+
+
+def _correct_costs(cost: Ints, scores: Ints, has: NDArray[np.bool_], token: int, target: int) -> None:
+    """Bring the costs of what a token has up to date, now that it can go where it was, and no longer to where it is."""
+    row, own = scores[token], np.nonzero(has[token])[0]
+    losses = np.where(has[token], _NONE, row[own, None] - row)
+    cost[own] = np.minimum(cost[own], losses)
+    for e in own[cost[own, target] == row[own] - row[target]]:  # which may have been the cost of this token
+        can = has[:, e] & ~has[:, target]
+        cost[e, target] = (scores[can, e] - scores[can, target]).min(initial=_NONE)
 
 
 def _exchange(scores: Ints, has: NDArray[np.bool_], source: int, target: int) -> int:

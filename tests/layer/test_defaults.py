@@ -10,7 +10,7 @@ from moe.routing import ROUTERS, NoisyTopKRouter, SigmoidRouter
 
 AHEAD = {LookaheadBias}
 EXPECTED = {
-    **{name: AHEAD for name in ("softmax", "top_k_softmax", "sigmoid", "sqrt_softplus", "switch")},
+    **dict.fromkeys(("softmax", "top_k_softmax", "sigmoid", "sqrt_softplus", "switch"), AHEAD),
     **{name: set() for name in ("expert_choice", "sinkhorn", "base", "hash")},
     "noisy_top_k": {ImportanceLoss, LoadLoss},
     "relu": {AdaptiveL1},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import moe
-from moe.errors import ConfigError, ShapeError
+from moe.errors import ConfigError, DtypeError, ShapeError
 from tests.support.checkpointed import CHECKPOINTED, Model, gradients, tokens
 
 
@@ -52,6 +52,25 @@ def test_a_layer_repeats_one_recording_at_a_time():
     message = "layer 'moe' repeats other decisions already"
     with pytest.raises(ConfigError, match=message), moe.replay_routing(model, ids), moe.replay_routing(model, ids):
         pass
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (
+            torch.tensor([[0, 6]], dtype=torch.int32),
+            ConfigError,
+            "decision 0 of layer 'moe' has ids 0 to 6; .* -1 to 5",
+        ),
+        (torch.tensor([[-2, 1]], dtype=torch.int32), ConfigError, "has ids -2 to 1"),
+        (torch.tensor([[0, 1]]), DtypeError, "decision 0 of layer 'moe' is torch.int64"),
+    ],
+)
+def test_ids_that_no_layer_decided_are_refused_before_any_call(ids, error, message):
+    model = Model()
+    with pytest.raises(error, match=message), moe.replay_routing(model, {"moe": [ids]}):
+        pass
+    assert model.moe.script is None
 
 
 @pytest.mark.parametrize(
