@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from jaxtyping import Float, Int
-from torch import Tensor, where
+from torch import Tensor, stack, where
 
 from moe.balance.bias import rms_direction
 from moe.balance.protocols import MarginRequest
@@ -21,7 +21,7 @@ from moe.config import require_positive, require_positive_integer
 from moe.errors import ConfigError
 from moe.kernels.margins import bin_edges, quantile
 
-_LATE_SAMPLE = 512
+_LATE_SAMPLE = 256
 """Tokens of each call whose margins measure a late step: the same before and after, so that their chance cancels."""
 
 
@@ -36,7 +36,7 @@ class LookaheadBias:
     of the decisions, which is what the weight has changed. Every move is centred. Steps are measured by margins, so the
     same numbers suit every score function.
 
-    The layer scores tokens of each of its calls once more after the step: ``sample`` early, 512 later. That is a
+    The layer scores tokens of each of its calls once more after the step: ``sample`` early, 256 later. That is a
     product of the router, and as many rows of its input are kept until then. With several devices each takes its own,
     and their histograms add up; the counts are of all tokens.
 
@@ -80,9 +80,10 @@ class LookaheadBias:
         decided, ahead = counts.margins, counts.margins_ahead
         if ahead is None or (decided is None and counts.step >= self.early_steps):
             raise ConfigError("counts.margins=None must be a histogram: a LookaheadBias moves by the margins of a step")
-        move = quantile(ahead, counts.share)
-        if decided is not None:
-            own = quantile(decided, counts.share)
+        if decided is None:
+            move = quantile(ahead, counts.share)
+        else:
+            move, own = quantile(stack([ahead, decided]), counts.share)
             longest = self.limit * own.abs()
             step = self.rate * _mean_margin(decided) * rms_direction(counts.tokens_per_expert)
             move = move - own + step.clamp(-longest, longest)
