@@ -21,7 +21,7 @@ from moe.config import require_positive, require_positive_integer
 from moe.errors import ConfigError
 from moe.kernels.margins import bin_edges, quantile
 
-_LATE_SAMPLE = 256
+_LATE_SAMPLE = 512
 """Tokens of each call whose margins measure a late step: the same before and after, so that their chance cancels."""
 
 
@@ -36,7 +36,7 @@ class LookaheadBias:
     of the decisions, which is what the weight has changed. Every move is centred. Steps are measured by margins, so the
     same numbers suit every score function.
 
-    The layer scores tokens of each of its calls once more after the step: ``sample`` early, 256 later. That is a
+    The layer scores tokens of each of its calls once more after the step: ``sample`` early, 512 later. That is a
     product of the router, and as many rows of its input are kept until then. With several devices each takes its own,
     and their histograms add up; the counts are of all tokens.
 

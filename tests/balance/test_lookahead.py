@@ -81,7 +81,7 @@ def test_margins_are_asked_for_ahead_early_and_of_a_few_decisions_late():
     rule = LookaheadBias(early_steps=3, sample=7)
     asked = [rule.margins_at(step) for step in range(5)]
     assert all(request.ahead for request in asked)
-    assert [request.tokens for request in asked] == [7, 7, 7, 256, 256]
+    assert [request.tokens for request in asked] == [7, 7, 7, 512, 512]
     assert [request.decided for request in asked] == [False, False, False, True, True]
 
 
