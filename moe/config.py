@@ -1,6 +1,7 @@
 """Options that a layer understands, each member explained, and how a name in a config becomes an object."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
@@ -124,10 +125,12 @@ def _signature(builder: Callable[..., Any]) -> inspect.Signature:
 
 
 def require_positive(**values: Any) -> None:
-    """Raise a ConfigError that names the first argument that is not a number above zero."""
+    """Raise a ConfigError that names the first argument that is not a finite number above zero."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{name}={value!r} must be a number")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}={value} must be finite")
         if not value > 0:
             raise ConfigError(f"{name}={value} must be positive")
 

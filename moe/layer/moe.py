@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Protocol, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from moe.balance import (
@@ -148,7 +148,7 @@ class MoE(nn.Module):
         self,
         x: Float[Tensor, "*batch D"],
         token_mask: Bool[Tensor, "*batch"] | None = None,
-        token_ids: Int[Tensor, "*batch"] | None = None,
+        token_ids: Integer[Tensor, "*batch"] | None = None,
     ) -> Float[Tensor, "*batch D"]:
         """Send every token through its experts.
 

@@ -47,7 +47,7 @@ def balanced_assignment(scores: NDArray[np.floating], top_k: int) -> NDArray[np.
     whole = _whole_numbers(scores)
     has = _best(whole - _prices(whole, top_k), top_k)
     if scores.size > 0 and top_k < scores.shape[1]:
-        _balance(whole, has, top_k)
+        has = _balance(whole, has, top_k)
     keys = np.where(has, -(whole // _TIES), 1)
     return np.argsort(keys, axis=1, kind="stable")[:, :top_k].astype(np.int32)
 
@@ -101,13 +101,15 @@ def _between(rows: Ints, k: int) -> Ints:
     return middle
 
 
-def _balance(scores: Ints, has: NDArray[np.bool_], top_k: int) -> None:
-    """Exchange experts in ``has`` until each load is the share, rounded down or up, and no exchange is a gain."""
+def _balance(scores: Ints, has: NDArray[np.bool_], top_k: int) -> NDArray[np.bool_]:
+    """``has`` after exchanges: each load is the share, rounded down or up, and no exchange is a gain."""
     num_tokens, num_experts = scores.shape
     low, rest = divmod(num_tokens * top_k, num_experts)
     high = low + (rest > 0)
-    cost = np.stack([_exchange_costs(scores, has, e) for e in range(num_experts)])
-    load = has.sum(0)
+    scores, has = scores.T.copy(), has.T.copy()  # what follows reads them expert by expert
+    experts = np.arange(num_experts)
+    cost = np.stack([_exchange_costs(scores, has, e, experts) for e in range(num_experts)])
+    load = has.sum(1)
     while True:
         sources, targets = load > low, load < high
         if is_uneven := bool((load > high).any() or (load < low).any()):
@@ -115,40 +117,43 @@ def _balance(scores: Ints, has: NDArray[np.bool_], top_k: int) -> None:
             targets = load < low if (load < low).any() else targets
         chain, total = _cheapest_chain(cost, sources, targets)
         if not is_uneven and total >= 0:
-            return
-        moved = [(_exchange(scores, has, source, target), target) for source, target in pairwise(chain)]
+            return has.T
+        moves = [(_exchange(scores, has, source, target), source, target) for source, target in pairwise(chain)]
         load[chain[0]] -= 1
         load[chain[-1]] += 1
-        for e in chain[:-1]:
-            cost[e] = _exchange_costs(scores, has, e)
-        for token, target in moved:
-            _correct_costs(cost, scores, has, token, target)
+        for move in moves:
+            _correct_costs(cost, scores, has, *move)
 
 
-def _exchange_costs(scores: Ints, has: NDArray[np.bool_], expert: int) -> Ints:
-    """``(E,)``: what is lost if an expert gives the token that loses least by it to each other one."""
-    own = has[:, expert]
-    losses = np.where(has[own], _NONE, scores[own, expert][:, None] - scores[own])
-    least: Ints = losses.min(0, initial=_NONE)
+def _exchange_costs(scores: Ints, has: NDArray[np.bool_], source: int, targets: Ints) -> Ints:
+    """What is lost if an expert gives the token that loses least by it to each of others; both tables ``(E, T)``."""
+    own = np.nonzero(has[source])[0]
+    others = np.ix_(targets, own)
+    losses = np.where(has[others], _NONE, scores[source, own] - scores[others])
+    least: Ints = losses.min(1, initial=_NONE)
     return least
-
-
-def _correct_costs(cost: Ints, scores: Ints, has: NDArray[np.bool_], token: int, target: int) -> None:
-    """Bring the costs of what a token has up to date, now that it can go where it was, and no longer to where it is."""
-    row, own = scores[token], np.nonzero(has[token])[0]
-    losses = np.where(has[token], _NONE, row[own, None] - row)
-    cost[own] = np.minimum(cost[own], losses)
-    for e in own[cost[own, target] == row[own] - row[target]]:  # which may have been the cost of this token
-        can = has[:, e] & ~has[:, target]
-        cost[e, target] = (scores[can, e] - scores[can, target]).min(initial=_NONE)
 
 
 def _exchange(scores: Ints, has: NDArray[np.bool_], source: int, target: int) -> int:
     """Give the token that loses least by it from one expert to another; returns which."""
-    can = has[:, source] & ~has[:, target]
-    token = int(np.where(can, scores[:, source] - scores[:, target], _NONE).argmin())
-    has[token, source], has[token, target] = False, True
+    can = np.nonzero(has[source] & ~has[target])[0]
+    token = int(can[(scores[source, can] - scores[target, can]).argmin()])
+    has[source, token], has[target, token] = False, True
     return token
+
+
+def _correct_costs(cost: Ints, scores: Ints, has: NDArray[np.bool_], token: int, source: int, target: int) -> None:
+    """Bring the costs up to date after an exchange, and exactly so.
+
+    What the token has can now go where it was: that can only lower a cost. Where it was it cannot go from, and where it
+    is it cannot go to: that can only raise a cost that was its own.
+    """
+    row, own = scores[:, token], np.nonzero(has[:, token])[0]
+    cost[own] = np.minimum(cost[own], np.where(has[:, token], _NONE, row[own, None] - row))
+    stale = np.nonzero(cost[source] == row[source] - row)[0]
+    cost[source, stale] = _exchange_costs(scores, has, source, stale)
+    for e in own[cost[own, target] == row[own] - row[target]].tolist():
+        cost[e, target] = _exchange_costs(scores, has, e, np.array([target]))[0]
 
 
 def _cheapest_chain(cost: Ints, sources: NDArray[np.bool_], targets: NDArray[np.bool_]) -> tuple[list[int], int]:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe.kernels.route import ScoreFunction
+from moe.kernels.route import ScoreFunction, choose
 from moe.routing.assignment import balanced_assignment
 from moe.routing.router import Router, Tokens
 
@@ -22,6 +22,8 @@ class BalancedAssignmentRouter(Router):
 
     **Training and evaluation differ**: the assignment needs the other tokens, earlier and later, so evaluation uses the
     logits, and the load is theirs.
+
+    A token with a logit that is not finite takes its K best logits, and the others are balanced without it.
 
     Takes no bias (the assignment would undo it), no groups and no null experts.
 
@@ -56,10 +58,13 @@ class BalancedAssignmentRouter(Router):
 # An operation of its own, so that a compiled layer calls it as it is.
 @torch.library.custom_op("moe::balanced_assignment", mutates_args=())
 def _assign(logits: Tensor, token_mask: Tensor | None, top_k: int) -> Tensor:
-    """Expert ids ``(T, K)`` int32 of the balanced assignment; padding has none."""
-    counts = torch.ones(len(logits), dtype=torch.bool) if token_mask is None else token_mask.cpu()
-    ids = torch.full((len(logits), top_k), -1, dtype=torch.int32)
-    ids[counts] = torch.from_numpy(balanced_assignment(logits.cpu()[counts].numpy(), top_k))
+    """Expert ids ``(T, K)`` int32 of the balanced assignment; of padding, and of rows that are not finite, the best."""
+    rows = logits.cpu()
+    counts = rows.isfinite().all(-1)
+    if token_mask is not None:
+        counts = counts & token_mask.cpu()
+    ids = choose(rows, rows, None, top_k, False, 1, 1)
+    ids[counts] = torch.from_numpy(balanced_assignment(rows[counts].numpy(), top_k))
     return ids.to(logits.device)
 
 

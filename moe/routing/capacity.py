@@ -17,7 +17,7 @@ _NOISE = 1e-6
 
 
 def limit_capacity(routing: Routing, capacity_factor: float, policy: DropPolicy, top_k: int | None = None) -> Routing:
-    """Drop what an expert gets beyond ``ceil(capacity_factor * tokens * K / E)`` assignments.
+    """Drop what an expert gets beyond ``ceil(capacity_factor * tokens * K / E)`` assignments, and beyond one at least.
 
     ``tokens`` are the unmasked ones. Weights of what is kept stay as they were: a token that lost an expert is scaled
     down by it rather than boosted on the others, and one that lost all of them gets an output of 0.
@@ -36,10 +36,10 @@ def limit_capacity(routing: Routing, capacity_factor: float, policy: DropPolicy,
     """
     num_tokens, num_slots = routing.expert_ids.shape
     share = capacity_factor * (num_slots if top_k is None else top_k) / routing.num_experts
-    # 0.1 * 3 / 3 * 10 is a little above 1 in binary; such noise must not buy a place.
-    capacity: float | Tensor = math.ceil(num_tokens * share - _NOISE)
+    # 0.1 * 3 / 3 * 10 is a little above 1 in binary; such noise must not buy a place, nor take the last one.
+    capacity: float | Tensor = max(1, math.ceil(num_tokens * share - _NOISE))
     if routing.token_mask is not None:
-        capacity = (routing.token_mask.sum().double() * share - _NOISE).ceil()
+        capacity = (routing.token_mask.sum().double() * share - _NOISE).ceil().clamp(min=1)
     if policy is DropPolicy.POSITION:
         rank = rank_in_expert(routing.expert_ids, routing.num_experts)
     else:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe.config import require_positive_integer
-from moe.errors import ConfigError, ShapeError
+from moe.errors import ConfigError, DtypeError, ShapeError
 from moe.kernels.route import ScoreFunction
 from moe.routing.router import Router, Tokens
 
@@ -32,6 +32,7 @@ class HashRouter(Router):
     Raises:
         ConfigError: from ``forward``, without ``token_ids`` or, on the CPU, with an id outside the vocabulary where the
             mask says that the token counts. (On a GPU the look-up itself fails.)
+        DtypeError: from ``forward``, if the ids are not whole numbers.
         ShapeError: from ``forward``, if there are not as many ids as tokens.
 
     Source: Hash Layers (Roller et al. 2021, arXiv 2106.04426), with K = 1 and no weights; learnt weights as in the
@@ -73,8 +74,11 @@ class HashRouter(Router):
         ids = tokens.ids
         if ids is None:
             raise ConfigError("token_ids=None: the router 'hash' finds a token's experts by its id; give token_ids")
+        if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+            raise DtypeError(f"token_ids is {ids.dtype}; ids must be integers")
         if ids.shape != logits.shape[:1]:
             raise ShapeError(f"token_ids has shape {tuple(ids.shape)}; it must be that of the tokens, {len(logits)}")
+        ids = ids.long()
         if tokens.mask is not None:
             ids = ids.masked_fill(~tokens.mask, 0)  # padding may have any id
         if ids.device.type == "cpu" and not torch.compiler.is_compiling():

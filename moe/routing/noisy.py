@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -63,7 +63,7 @@ class NoisyTopKRouter(Router):
         x: Float[Tensor, "T D"],
         token_mask: Bool[Tensor, " T"] | None = None,
         replay: Replay | None = None,
-        token_ids: Int[Tensor, " T"] | None = None,
+        token_ids: Integer[Tensor, " T"] | None = None,
     ) -> Routing:
         """Decide where each token goes, see ``Router.forward``."""
         clean, tokens = self.logits(x), Tokens(token_mask, token_ids)

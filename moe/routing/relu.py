@@ -5,6 +5,7 @@ from typing import Any, final
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe.errors import ConfigError
 from moe.routing.router import Router, Tokens
 from moe.routing.slots import count_slots, fill_slots
 
@@ -21,9 +22,13 @@ class ReluRouter(Router):
 
     Args:
         args: as of ``Router``.
-        max_experts: the most experts of one token, the best. None for no limit; a limit costs the continuity.
+        max_experts: the most experts of one token, the best, at least K: where it is K itself, every token has to have
+            that many for an average of K. None for no limit; a limit costs the continuity.
         normalize: divide a token's weights by their sum.
         options: as of ``Router``.
+
+    Raises:
+        ConfigError: max_experts is less than top_k, an average that would be out of reach.
 
     Source: ReMoE (Wang et al. 2024, arXiv 2412.14711, section 3.2), without limit and normalisation.
     """
@@ -35,6 +40,10 @@ class ReluRouter(Router):
     def __init__(self, *args: Any, max_experts: int | None = None, normalize: bool = False, **options: Any) -> None:
         super().__init__(*args, normalize=normalize, **options)
         self._num_slots = count_slots(self.num_experts, max_experts)
+        if self._num_slots < self.top_k:
+            raise ConfigError(
+                f"max_experts={max_experts} must be at least top_k={self.top_k}, the experts a token on average"
+            )
 
     @property
     def num_slots(self) -> int:
@@ -51,8 +60,8 @@ class ReluRouter(Router):
         scores: Float[Tensor, "T E"],  # noqa: ARG002
         tokens: Tokens,  # noqa: ARG002
     ) -> Int[Tensor, "T S"]:
-        """The experts with positive logits."""
-        return fill_slots(logits, logits > 0, self.num_slots)
+        """The experts with positive logits, and those with NaN, which so reaches the output and is seen."""
+        return fill_slots(logits, ~(logits <= 0), self.num_slots)
 
     def extra_repr(self) -> str:
         """Options in the module's printed form."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from moe.buffers import Float32Buffers
@@ -32,7 +32,7 @@ class Tokens:
 
     mask: Bool[Tensor, " T"] | None = None
     """False for padding."""
-    ids: Int[Tensor, " T"] | None = None
+    ids: Integer[Tensor, " T"] | None = None
     """Token ids of the vocabulary, where the caller gave them."""
 
 
@@ -69,10 +69,10 @@ class Router(Float32Buffers, ABC):
             case; on the CPU it makes their product slower.
 
     Raises:
-        ConfigError: sizes that are not positive, top_k of 0 or above num_experts, normalize=True with top_k=1, groups
-            that do not divide num_experts or whose best hold less than top_k experts, a null_ratio outside [0, 1) or
-            that gives no whole number of null experts, null experts beside groups, a score_bias where the router has no
-            use for one.
+        ConfigError: sizes that are not positive, top_k of 0 or above num_experts, a normalize that is neither a bool
+            nor None, normalize=True with top_k=1, groups that do not divide num_experts or whose best hold less than
+            top_k experts, a null_ratio outside [0, 1) or that gives no whole number of null experts, null experts
+            beside groups, a score_bias where the router has no use for one.
 
     Init:
         ``weight (E + Z, D)``: truncated normal of standard deviation sqrt(0.1 / D), see ``moe.init``.
@@ -97,7 +97,10 @@ class Router(Float32Buffers, ABC):
     """Whether, in evaluation mode, a token's experts depend on no later token; else it cannot generate."""
 
     adds_noise: ClassVar[bool] = False
-    """Whether decisions in training mode are drawn at random, so that the same tokens decided again differ."""
+    """Whether decisions in training mode are drawn at random, so that the same tokens decided again differ.
+
+    One that draws in ``select`` must say so: where the ids are given, as in a recomputation, the others do not select.
+    """
 
     _is_fused: ClassVar[bool] = False
 
@@ -127,7 +130,7 @@ class Router(Float32Buffers, ABC):
         require_top_k(top_k, num_experts)
         check_groups(num_experts, top_k, num_groups, top_groups)
         self.num_null_experts = count_null_experts(num_experts, null_ratio)
-        self._check(top_k, normalize, score_bias, num_groups)
+        self._check(top_k, normalize, score_bias, num_groups, null_ratio)
         self.dim, self.num_experts, self.top_k, self.scale = dim, num_experts, top_k, scale
         self.normalize = top_k > 1 if normalize is None else normalize
         self.null_output = option(NullOutput, "null_output", null_output)
@@ -147,11 +150,15 @@ class Router(Float32Buffers, ABC):
         decides_alike = cls.select is Router.select and cls.weigh is Router.weigh
         cls._is_fused = cls.score_function is not None and named <= score and decides_alike
 
-    def _check(self, top_k: int, normalize: bool | None, score_bias: bool, num_groups: int | None) -> None:
+    def _check(
+        self, top_k: int, normalize: bool | None, score_bias: bool, num_groups: int | None, null_ratio: float
+    ) -> None:
+        if normalize is not None and not isinstance(normalize, bool):
+            raise ConfigError(f"normalize={normalize!r} must be True, False or None")
         if normalize and top_k == 1:
             raise ConfigError(
-                "normalize=True with top_k=1 makes every weight 1, so the router would learn nothing; "
-                "leave normalize=None or raise top_k"
+                "normalize=True with top_k=1 makes every weight 1, so the router would learn nothing; leave "
+                "normalize=None (take 'softmax' instead of 'top_k_softmax', which sets it) or raise top_k"
             )
         if score_bias and not self.takes_score_bias:
             raise ConfigError(
@@ -160,7 +167,7 @@ class Router(Float32Buffers, ABC):
             )
         if self.num_null_experts and not self.takes_null_experts:
             raise ConfigError(
-                f"null_ratio: {type(self).__name__} does not choose among null experts; leave null_ratio=0"
+                f"null_ratio={null_ratio}: {type(self).__name__} does not choose among null experts; leave null_ratio=0"
             )
         if num_groups is not None and not self.takes_groups:
             raise ConfigError(f"num_groups={num_groups}: {type(self).__name__} has no groups; leave num_groups=None")
@@ -192,7 +199,7 @@ class Router(Float32Buffers, ABC):
         x: Float[Tensor, "T D"],
         token_mask: Bool[Tensor, " T"] | None = None,
         replay: Replay | None = None,
-        token_ids: Int[Tensor, " T"] | None = None,
+        token_ids: Integer[Tensor, " T"] | None = None,
     ) -> Routing:
         """Decide where each token goes.
 
@@ -201,8 +208,8 @@ class Router(Float32Buffers, ABC):
             token_mask: False for padding, which gets no expert and is counted nowhere. None: all tokens count.
             replay: the ids of a decision made earlier, which stand instead of a new one; or a function that is called
                 with the ids and scores of the new one, without gradients, and returns them. Scores and weights are
-                those of ``x`` all the same, so that gradients flow; and a router that draws random numbers draws them
-                as it did then.
+                those of ``x`` all the same, so that gradients flow; and a router that draws random numbers
+                (``adds_noise``) draws them as it did then.
             token_ids: of the vocabulary, for routers that look at them.
 
         Returns:
@@ -225,6 +232,9 @@ class Router(Float32Buffers, ABC):
     def _decide_in_steps(self, logits: Tensor, tokens: Tokens, replay: Replay | None) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, weights and scores by the methods below."""
         scores = self.score(logits)
+        if isinstance(replay, Tensor) and not self.adds_noise:
+            # Nothing is drawn in ``select`` that what follows would miss, and it may be dear.
+            return replay, self.weigh(scores, replay), scores
         expert_ids = self.select(logits.detach(), scores.detach(), tokens)
         if tokens.mask is not None:
             expert_ids = expert_ids.masked_fill(~tokens.mask[:, None], -1)

@@ -22,6 +22,8 @@ class SinkhornRouter(Router):
     **Training and evaluation differ**: without the other tokens there is no plan, so evaluation uses the logits, and
     the load is theirs.
 
+    A token with a logit that is not finite changes no price.
+
     Takes no bias (the prices would undo it), no groups and no null experts.
 
     Args:
@@ -88,15 +90,17 @@ def sinkhorn_plan(
 
 
 def _prices(logits: Tensor, token_mask: Tensor | None, iterations: int) -> Float[Tensor, " E"]:
-    """What to subtract from each expert's logits, so that its softmax over experts sums to tokens / E."""
+    """What to subtract from each expert's logits, so that its softmax over experts sums to tokens / E.
+
+    A token with a logit that is not finite takes no part: it would leave no price that is.
+    """
+    is_out = ~logits.isfinite().all(-1, keepdim=True)
     if token_mask is not None:
-        # What padding holds may be infinite, and -inf less -inf is NaN.
-        logits = logits.masked_fill(~token_mask[:, None], 0.0)
+        is_out = is_out | ~token_mask[:, None]
+    logits = logits.masked_fill(is_out, 0.0)
     prices = logits.new_zeros(logits.shape[1])
     for _ in range(iterations):
-        rows = (logits - prices).log_softmax(-1)
-        if token_mask is not None:
-            rows = rows.masked_fill(~token_mask[:, None], -torch.inf)
+        rows = (logits - prices).log_softmax(-1).masked_fill(is_out, -torch.inf)
         prices = prices + rows.logsumexp(0)
         # Their level does not matter, and would rise by log(tokens / E) each time. NaN: there is no token at all.
         prices = (prices - prices.max()).nan_to_num(0.0)

@@ -238,11 +238,13 @@ def test_a_recomputation_in_evaluation_takes_no_call_of_training():
 class NoisyRouter(SoftmaxRouter):
     """Selects with noise, so that it draws random numbers."""
 
+    adds_noise = True
+
     def select(self, logits, scores, tokens):
         return super().select(logits + torch.randn_like(logits), scores, tokens)
 
 
-@pytest.mark.parametrize("kind", CHECKPOINTED)
+@pytest.mark.parametrize("kind", [*CHECKPOINTED, "contexts"])
 def test_a_router_that_draws_random_numbers_draws_them_once_in_each_run(kind):
     """Else what follows it in the region would get other ones when it is run again."""
     layer, dropout, x = moe.MoE(8, 16, 6, 2, router=NoisyRouter(8, 6, 2)).double(), nn.Dropout(0.5), tokens()
@@ -251,5 +253,6 @@ def test_a_router_that_draws_random_numbers_draws_them_once_in_each_run(kind):
     expected = torch.autograd.grad(region(x), x)[0]
     moe.balance_loss(layer)
     torch.manual_seed(1)
-    checkpoint(region, x, use_reentrant=KINDS[kind]).backward()
+    how = {"use_reentrant": KINDS[kind]} if kind in KINDS else {"context_fn": moe.checkpoint_contexts}
+    checkpoint(region, x, **{"use_reentrant": False} | how).backward()
     assert torch.equal(x.grad, expected)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.errors import ConfigError
-from moe.routing import balanced_assignment, sinkhorn_plan
+from moe.routing import assignment, balanced_assignment, sinkhorn_plan
+from moe.routing.router import Tokens
 from tests.routing.zoo import build
 
 
@@ -57,6 +58,34 @@ def test_sinkhorn_balances_in_training_and_does_not_in_evaluation():
     torch.testing.assert_close(training.weights, chosen)
 
 
+def costs_by_definition(scores: np.ndarray, has: np.ndarray) -> np.ndarray:
+    """What each expert loses by giving a token to another, from the tables ``(E, T)`` alone."""
+    cost = np.empty((len(has), len(has)), np.int64)
+    for source, target in itertools.product(range(len(has)), repeat=2):
+        can = has[source] & ~has[target]
+        cost[source, target] = (scores[source, can] - scores[target, can]).min(initial=2**60)
+    return cost
+
+
+@given(st.integers(1, 30), st.integers(2, 9), st.integers(1, 20), st.integers(0, 10**6), st.data())
+@settings(max_examples=200)
+def test_costs_after_a_chain_of_exchanges_are_those_of_the_definition(num_tokens, num_experts, spread, seed, data):
+    top_k = data.draw(st.integers(1, num_experts - 1))
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, spread, (num_experts, num_tokens))  # of a small spread many are equal
+    has = rng.random(scores.shape).argsort(0) < top_k
+    cost = costs_by_definition(scores, has)
+    for _ in range(5):
+        moves = []
+        for source, target in itertools.pairwise(rng.permutation(num_experts)[: rng.integers(2, 6)].tolist()):
+            if not (has[source] & ~has[target]).any():
+                break
+            moves.append((assignment._exchange(scores, has, source, target), source, target))
+        for move in moves:
+            assignment._correct_costs(cost, scores, has, *move)
+        assert np.array_equal(cost, costs_by_definition(scores, has))
+
+
 def best_by_trying_all(scores: np.ndarray, top_k: int) -> float:
     """The largest sum of scores over all assignments whose loads are the share, rounded down or up."""
     num_tokens, num_experts = scores.shape
@@ -88,6 +117,14 @@ def test_no_balanced_assignment_has_a_larger_sum(num_tokens, num_experts, ties, 
     assert (np.diff(chosen, axis=1) <= 0).all()
     # A range below 10 times T * K * 2^-32, and sums of doubles.
     assert chosen.sum() == pytest.approx(best_by_trying_all(scores.astype(np.float64), top_k), abs=1e-6)
+
+
+@pytest.mark.parametrize("far", [1e20, -3e38])
+def test_a_score_that_has_run_away_leaves_the_others_apart(far):
+    scores = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    scores[7, 2] = far
+    moderate = np.where(np.abs(scores) > 1e4, np.sign(far) * 1000, scores)
+    assert np.array_equal(balanced_assignment(scores, 2), balanced_assignment(moderate, 2))
 
 
 @pytest.mark.parametrize(
@@ -122,6 +159,33 @@ def test_base_loads_are_within_one_in_training_and_free_in_evaluation(masked):
     assert load.max() - load.min() <= 1
     assert load.sum() == 2 * (101 if mask is None else int(mask.sum()))
     assert router.eval()(x, mask).tokens_per_expert().max() > load.max() + 10
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["base", "sinkhorn"])
+def test_a_token_that_is_not_finite_is_routed_alone_and_the_others_as_without_it(name, bad):
+    router = build(name, num_experts=6, top_k=2)
+    logits = torch.randn(61, 6) + torch.arange(6)
+    logits[::20, 3] = bad
+    rows = torch.arange(61) % 20 > 0
+    ids = router.decide(logits, Tokens(), None).expert_ids
+    assert torch.equal(ids[rows], router.decide(logits[rows], Tokens(), None).expert_ids)
+    rest = logits[~rows].nan_to_num(nan=float("inf"))
+    prices = 0.0
+    if name == "sinkhorn":  # what the plan of the others takes off a token's logits, up to a constant
+        prices = (logits[rows] - sinkhorn_plan(logits[rows]).log())[0]
+    assert torch.equal(ids[~rows], (rest - prices).topk(2).indices.int())
+    masked = router.decide(logits, Tokens(torch.arange(61) % 2 > 0), None).expert_ids
+    assert (masked[::2] == -1).all()
+
+
+@pytest.mark.parametrize("mask", [None, torch.arange(5) < 3])
+def test_no_finite_token_at_all(mask):
+    for name in ("base", "sinkhorn"):
+        ids = (
+            build(name, num_experts=4, top_k=2).decide(torch.full((5, 4), float("nan")), Tokens(mask), None).expert_ids
+        )
+        assert ids[:3].tolist() == [[0, 1]] * 3
 
 
 def test_the_assignment_is_a_well_formed_operation():

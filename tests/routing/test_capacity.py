@@ -53,6 +53,14 @@ def test_noise_in_the_product_buys_no_place():
         assert (kept.expert_ids >= 0).sum(0).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("policy", DropPolicy)
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_expert_keeps_one_token_however_small_the_factor_is(policy, masked):
+    mask = [True, False, True, True] if masked else None
+    kept = limit_capacity(decision([[1], [-1], [1], [2]], mask=mask), 1e-9, policy)
+    assert torch.bincount(kept.expert_ids.flatten() + 1).tolist() == [2, 0, 1, 1]
+
+
 def test_capacity_rounds_up():
     # 5 tokens over 4 experts at 1.0: 1.25, so 2.
     kept = limit_capacity(decision([[2]] * 5), 1.0, DropPolicy.POSITION)
@@ -73,7 +81,7 @@ def test_exactly_the_best_of_each_expert_stay(policy, num_tokens, num_experts, f
         else Routing(torch.zeros(0, top_k, dtype=torch.int32), torch.zeros(0, top_k), scores, scores)
     )
     kept = limit_capacity(routing, factor, policy)
-    capacity = math.ceil(factor * num_tokens * top_k / num_experts - 1e-6)
+    capacity = max(1, math.ceil(factor * num_tokens * top_k / num_experts - 1e-6))
     for e in range(num_experts):
         wanted = [(t, k) for t in range(num_tokens) for k in range(top_k) if routing.expert_ids[t, k] == e]
         if policy is DropPolicy.PROBABILITY:

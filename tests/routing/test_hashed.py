@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.errors import ConfigError, ShapeError
+from moe.errors import ConfigError, DtypeError, ShapeError
 from moe.routing import HashRouter, balanced_table
 from tests.routing.zoo import VOCABULARY, build
 
@@ -67,6 +67,20 @@ def test_the_table_stays_whole_numbers_and_is_stored():
 def test_ids_that_are_missing_or_outside_are_named(ids, error, message):
     with pytest.raises(error, match=message):
         build("hash")(torch.randn(3, 16), token_ids=None if ids is None else torch.tensor(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+def test_ids_of_any_width_are_looked_up(dtype):
+    ids, x, mask = torch.arange(9), torch.randn(9, 16), torch.arange(9) % 3 > 0
+    found = build("hash")(x, mask, token_ids=ids.to(dtype)).expert_ids
+    assert torch.equal(found, build("hash")(x, mask, token_ids=ids).expert_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.usefixtures("unchecked")
+def test_ids_that_are_no_whole_numbers_are_named(dtype):
+    with pytest.raises(DtypeError, match=f"token_ids is {dtype}; ids must be integers"):
+        build("hash")(torch.randn(3, 16), token_ids=torch.ones(3, dtype=dtype))
 
 
 def test_padding_may_have_any_id():

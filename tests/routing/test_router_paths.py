@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import moe
 from moe.errors import ConfigError
 from moe.kernels.route import ScoreFunction
-from moe.routing import Router, SigmoidRouter, SoftmaxRouter, Tokens
+from moe.routing import Router, SigmoidRouter, SoftmaxRouter, Tokens, balanced
 from tests.routing.zoo import OWN_TOKENS_ONLY, build, ids_of
 
 OPTIONS = [
@@ -68,6 +69,38 @@ def test_what_a_subclass_overrides_is_what_runs(hook: str) -> None:
     routing, fused = made(Own)(x), made(SigmoidRouter)(x)
     assert calls == [hook]
     assert torch.equal(routing.expert_ids, fused.expert_ids)
+
+
+@pytest.mark.parametrize("adds_noise", [False, True])
+def test_ids_that_are_given_are_not_selected_again_unless_random_numbers_are_drawn(adds_noise: bool) -> None:
+    calls = []
+
+    class Counted(InSteps):
+        """Notes when it selects."""
+
+        def select(self, logits: Tensor, scores: Tensor, tokens: Tokens) -> Tensor:
+            calls.append(tokens)
+            return super().select(logits, scores, tokens)
+
+    Counted.adds_noise = adds_noise
+    router, x = made(Counted), torch.randn(7, 16)
+    given = torch.randint(-1, 12, (7, 3), dtype=torch.int32)
+    routing = router(x, None, given)
+    assert len(calls) == adds_noise
+    assert torch.equal(routing.expert_ids, given)
+    torch.testing.assert_close(routing.weights, router(x, None, lambda ids, scores: given).weights)
+
+
+def test_a_recomputation_that_knows_its_call_does_not_solve_the_assignment_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    solved = []
+    solve = balanced.balanced_assignment
+    monkeypatch.setattr(balanced, "balanced_assignment", lambda *args: (solved.append(1), solve(*args))[1])
+    layer, x = moe.MoE(16, 8, 6, 2, router="base", balance=()), torch.randn(20, 16, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False, context_fn=moe.checkpoint_contexts).sum().backward()
+    assert x.grad is not None
+    assert len(solved) == 1
 
 
 class ToTheFirst:

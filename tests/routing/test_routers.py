@@ -237,7 +237,10 @@ def test_initial_scale_is_the_documented_one():
         ("softmax", {"num_experts": -1}, "num_experts=-1 must be positive"),
         ("softmax", {"scale": 0.0}, "scale=0.0 must be positive"),
         ("softmax", {"top_k": 1, "normalize": True}, "normalize=True with top_k=1"),
-        ("top_k_softmax", {"top_k": 1}, "normalize=True with top_k=1"),
+        ("top_k_softmax", {"top_k": 1}, "take 'softmax' instead of 'top_k_softmax'"),
+        ("softmax", {"scale": float("inf")}, "scale=inf must be finite"),
+        ("softmax", {"scale": float("nan")}, "scale=nan must be finite"),
+        ("expert_choice", {"capacity_factor": float("inf")}, "capacity_factor=inf must be finite"),
         ("switch", {"top_k": 2}, "'switch' sends each token to one expert, but top_k=2"),
     ],
 )
@@ -245,6 +248,13 @@ def test_bad_options_are_named(name, options, message):
     sizes = {"dim": 16, "num_experts": 8, "top_k": 2} | options
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         ROUTERS[name](**sizes)
+
+
+@pytest.mark.parametrize("normalize", ["no", 1, 0.0])
+@pytest.mark.usefixtures("unchecked")
+def test_a_normalize_that_is_no_bool_is_named(normalize):
+    with pytest.raises(ConfigError, match=f"normalize={normalize!r} must be True, False or None"):
+        SoftmaxRouter(16, 8, 1, normalize=normalize)
 
 
 def test_one_expert_a_token_is_weighted_by_its_score_so_that_the_router_learns():

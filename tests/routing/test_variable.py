@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from moe.errors import ConfigError
 from moe.routing import ReluRouter, ThresholdRouter
+from moe.routing.router import Tokens
 from tests.routing.zoo import build
 
 
@@ -30,6 +31,21 @@ def test_relu_keeps_the_best_of_too_many():
     routing = identity(ReluRouter, 4, 1, max_experts=2)(torch.tensor([[1.0, 3.0, 2.0, 4.0], [1.0, -1.0, -1.0, -1.0]]))
     assert routing.expert_ids.tolist() == [[3, 1], [0, -1]]
     assert identity(ReluRouter, 4, 1, max_experts=9).num_slots == 4
+
+
+def test_a_logit_of_nan_reaches_the_output_of_relu():
+    routing = identity(ReluRouter, 3, 1).decide(
+        torch.tensor([[1.0, float("nan"), -1.0], [1.0, 2.0, -1.0]]), Tokens(), None
+    )
+    assert routing.expert_ids.tolist() == [[1, 0, -1], [1, 0, -1]]
+    assert routing.weights[0, 0].isnan()
+    assert torch.isfinite(routing.weights[1]).all()
+
+
+def test_relu_cannot_be_held_below_its_average():
+    with pytest.raises(ConfigError, match="max_experts=2 must be at least top_k=3"):
+        build("relu", top_k=3, max_experts=2)
+    assert build("relu", top_k=3, max_experts=3).num_slots == 3
 
 
 def test_the_output_of_relu_is_continuous_where_an_expert_comes():
