@@ -5,7 +5,8 @@
 
 Counted are the load of each call, what a bias rule observes there, and ``moe.balance_step``; losses are not, which are
 part of the model's. Steps of all balances are taken in turns in one process, and each step's share is of that step
-alone, so that a neighbour on the machine slows both. Settings are those of conf/utilization.yaml.
+alone, so that a neighbour on the machine slows both; what a run pays is the share of all steps together, since some
+rules do more in some steps than in others. Settings are those of conf/utilization.yaml.
 """
 
 import platform
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, quantiles
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
@@ -81,13 +82,13 @@ def shares(steppers: dict[str, race.Stepper], warmup: int, rounds: int) -> dict[
 
 def table(found: dict[str, list[tuple[float, float]]]) -> Iterator[str]:
     """One line a balance."""
-    yield "| balance | step, ms | for balance, ms | share of the step, median (quartiles) |"
-    yield "|---|---|---|---|"
+    yield "| balance | step, ms | for balance, ms | share of all steps | of one, quartiles |"
+    yield "|---|---|---|---|---|"
     for name, rounds in found.items():
         part = [own / whole for whole, own in rounds]
-        low, _, high = quantiles(part, n=4)
-        step, own = (1e3 * median(column) for column in zip(*rounds))
-        yield f"| {name} | {step:.1f} | {own:.2f} | {median(part):.2%} ({low:.2%} to {high:.2%}) |"
+        step, own = (1e3 * mean(column) for column in zip(*rounds))
+        quartiles = ", ".join(f"{quartile:.2%}" for quartile in quantiles(part, n=4))
+        yield f"| {name} | {step:.1f} | {own:.2f} | {own / step:.2%} | {quartiles} |"
 
 
 def composed(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -48,7 +48,7 @@ class ScoreBias:
         self, bias: Float[Tensor, " E"], state: Float[Tensor, "0 E"], counts: StepCounts
     ) -> tuple[Float[Tensor, " E"], Float[Tensor, "0 E"]]:
         """The bias for the next step."""
-        return bias - self.rate * _excess(counts.tokens_per_expert).sign().float(), state
+        return bias - self.rate * excess(counts.tokens_per_expert).sign().float(), state
 
 
 @final
@@ -125,7 +125,7 @@ class MomentumBias:
     ) -> tuple[Float[Tensor, " E"], Float[Tensor, "1 E"]]:
         """The bias and the momentum for the next step."""
         c = counts.tokens_per_expert
-        step = self.rate * (-self.sharpness * _excess(c).float() / c.sum().clamp(min=1).float()).tanh()
+        step = self.rate * (-self.sharpness * excess(c).float() / c.sum().clamp(min=1).float()).tanh()
         moved = self.momentum * state[0] + (1 - self.momentum) * (step - step.mean())
         some = counts.tokens > 0
         return torch.where(some, bias + moved, bias), torch.where(some, moved[None], state)
@@ -135,10 +135,10 @@ def rms_direction(c: Int[Tensor, " E"]) -> Float[Tensor, " E"]:
     """``(1/E - f_e) / RMS(f - 1/E)`` of counts, 0 where they are exactly even."""
     # E * sum(c) times what the formula has, above and below. Integers whose sum is 0 have a root mean square of at
     # least 1 unless all are 0: they are multiples of E, or none is 0.
-    excess = _excess(c).float()
-    return -excess / excess.square().mean().sqrt().clamp(min=1)
+    off = excess(c).float()
+    return -off / off.square().mean().sqrt().clamp(min=1)
 
 
-def _excess(c: Int[Tensor, " E"]) -> Int[Tensor, " E"]:
+def excess(c: Int[Tensor, " E"]) -> Int[Tensor, " E"]:
     """``E * (c_e - mean(c))``, in integers: no rounding decides a sign."""
     return c * c.numel() - c.sum()

@@ -4,6 +4,7 @@ A bias that is found from the scores of a step suits the router of that step, bu
 since, most of all at the beginning. So tokens of the step are scored again with the new weight, and the quantile is
 taken of those margins. Nothing leaks: they were trained on already, with the old bias. Later the router is slower, and
 the noise of each batch is what is left; a quantile takes all of it into the bias, a small step by the counts little.
+How small is read from the margins now and then, so that a late step costs hardly more than counting.
 
 Notation as in `moe.balance.quantile` and `moe.balance.bias`; t counts steps from 0.
 """
@@ -12,17 +13,17 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from jaxtyping import Float, Int
-from torch import Tensor, stack, where
+from torch import Tensor, minimum, stack, where
 
-from moe.balance.bias import rms_direction
+from moe.balance.bias import excess, rms_direction
 from moe.balance.protocols import MarginRequest
 from moe.balance.step_counts import StepCounts
 from moe.config import require_positive, require_positive_integer
 from moe.errors import ConfigError
-from moe.kernels.margins import bin_edges, quantile
+from moe.kernels.margins import quantile
 
-_LATE_SAMPLE = 512
-"""Tokens of each call whose margins measure a late step: the same before and after, so that their chance cancels."""
+_LATE_PERIOD = 8
+"""Of so many late steps one counts margins."""
 
 
 @final
@@ -30,19 +31,20 @@ _LATE_SAMPLE = 512
 class LookaheadBias:
     """First to the K/E quantile of each expert's margins under the router's new weight, then in steps by the counts.
 
-    In the first ``early_steps`` the move is ``q_e = quantile_{K/E}(m_e)`` with margins under the new weight. After them
-    it is ``rate * M * (1/E - f_e) / RMS(f - 1/E)``, with M the mean absolute margin, but not above ``limit * |q_e|``:
-    what is nearly right moves little. To this is added ``q'_e - q_e``, the same quantile under the new weight less that
-    of the decisions, which is what the weight has changed. Every move is centred. Steps are measured by margins, so the
-    same numbers suit every score function.
+    In the first ``early_steps`` the move is ``quantile_{K/E}(m_e)`` with margins under the new weight. After them it is
+    ``rate * median(s) * (1/E - f_e) / RMS(f - 1/E)``, a step of `RmsBias`, but not above ``limit * s_e * |1 - E f_e|``.
+    There ``s_e`` is twice how far the bias has to go to win or to lose half the tokens that an expert should have,
+    whichever is nearer. So a layer that is nearly right moves little, and an expert of narrow margins less than others.
+    Every move is centred. Steps are measured by margins, so the same numbers suit every score function.
 
-    The layer scores tokens of each of its calls once more after the step: ``sample`` early, 512 later. That is a
-    product of the router, and as many rows of its input are kept until then. With several devices each takes its own,
-    and their histograms add up; the counts are of all tokens.
+    The layer scores ``sample`` tokens of each of its calls once more after an early step: a product of the router, and
+    as many rows of its input are kept until then. In one of eight late steps it counts the margins of as many decisions
+    for ``s``, which stays until the next time. With several devices each takes its own tokens, and their histograms add
+    up; the counts are of all tokens.
 
     Args:
-        rate: root mean square of a late step, over the mean absolute margin.
-        limit: the longest late step, over the one that the margins ask for.
+        rate: root mean square of a late step, over the median of ``s``.
+        limit: the longest late step, over the one that would make up for all an expert lacks.
         early_steps: how many there are; a little more than those in which the learning rate warms up.
         sample: tokens of each call, evenly spaced over it; all where it has fewer. Of n tokens an expert should get
             ``n K / E``, and chance adds or takes the root of that.
@@ -53,46 +55,57 @@ class LookaheadBias:
     Source: ours; the quantile is J. Su's (kexue.fm/archives/11619), the normalised step too (kexue.fm/archives/10757).
     """
 
-    rate: float = 0.08
-    limit: float = 0.5
+    rate: float = 0.4
+    limit: float = 1.0
     early_steps: int = 50
     sample: int = 2048
 
-    state_rows: ClassVar[int] = 0
+    state_rows: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         require_positive(rate=self.rate, limit=self.limit)
         require_positive_integer(early_steps=self.early_steps, sample=self.sample)
 
-    def margins_at(self, step: int) -> MarginRequest:
-        """Early under the new weight, late also as decided."""
-        is_early = step < self.early_steps
-        return MarginRequest(self.sample if is_early else _LATE_SAMPLE, decided=not is_early, ahead=True)
+    def margins_at(self, step: int) -> MarginRequest | None:
+        """Early those under the new weight, late in one of eight steps those of the decisions."""
+        if step < self.early_steps:
+            return MarginRequest(self.sample, decided=False, ahead=True)
+        if (step - self.early_steps) % _LATE_PERIOD == 0:
+            return MarginRequest(self.sample)
+        return None
 
     def updated(
-        self, bias: Float[Tensor, " E"], state: Float[Tensor, "0 E"], counts: StepCounts
-    ) -> tuple[Float[Tensor, " E"], Float[Tensor, "0 E"]]:
-        """The bias for the next step.
+        self, bias: Float[Tensor, " E"], state: Float[Tensor, "1 E"], counts: StepCounts
+    ) -> tuple[Float[Tensor, " E"], Float[Tensor, "1 E"]]:
+        """The bias for the next step, and the spreads ``s``.
 
         Raises:
-            ConfigError: the counts are without margins.
+            ConfigError: the counts are without the margins that ``margins_at`` asked for.
         """
-        decided, ahead = counts.margins, counts.margins_ahead
-        if ahead is None or (decided is None and counts.step >= self.early_steps):
-            raise ConfigError("counts.margins=None must be a histogram: a LookaheadBias moves by the margins of a step")
-        if decided is None:
-            move = quantile(ahead, counts.share)
+        some, share = counts.tokens > 0, counts.share
+        if counts.step < self.early_steps:
+            move = quantile(_given(counts.margins_ahead, counts), share)
         else:
-            move, own = quantile(stack([ahead, decided]), counts.share)
-            longest = self.limit * own.abs()
-            step = self.rate * _mean_margin(decided) * rms_direction(counts.tokens_per_expert)
-            move = move - own + step.clamp(-longest, longest)
+            if self.margins_at(counts.step) is not None:
+                state = where(some, _spread(_given(counts.margins, counts), share), state)
+            spread, c = state[0], counts.tokens_per_expert
+            lacking = -excess(c) / c.sum().clamp(min=1)
+            longest = self.limit * spread * lacking.abs()
+            move = (self.rate * spread.median() * rms_direction(c)).clamp(-longest, longest)
         moved = bias + move
-        return where(counts.tokens > 0, moved - moved.mean(), bias), state
+        return where(some, moved - moved.mean(), bias), state
 
 
-def _mean_margin(counts: Int[Tensor, "E bins"]) -> Float[Tensor, ""]:
-    """The mean absolute margin of a histogram, each at the middle of its bin; 0 where nothing was counted."""
-    edges = bin_edges(counts.device)
-    middle = (edges[1:] + edges[:-1]).abs() / 2
-    return (counts.sum(0) * middle).sum() / counts.sum().clamp(min=1)
+def _given(margins: Int[Tensor, "E bins"] | None, counts: StepCounts) -> Int[Tensor, "E bins"]:
+    """The margins that a step was asked for."""
+    if margins is None:
+        raise ConfigError(f"margins=None of step={counts.step} must be the histogram that the rule asked for")
+    return margins
+
+
+def _spread(margins: Int[Tensor, "E bins"], share: Float[Tensor, ""]) -> Float[Tensor, "1 E"]:
+    """Twice how far each bias has to go for half its share less or more, whichever is nearer."""
+    half = minimum(share, 1 - share) / 2
+    # The nearer one, since a step that takes the slope for less steep than it is overshoots.
+    low, middle, high = quantile(margins.expand(3, -1, -1), stack([share - half, share, share + half])[:, None])
+    return 2 * minimum(middle - low, high - middle)[None]

@@ -5,6 +5,8 @@ import torch
 
 import moe
 from moe.balance import LookaheadBias
+from moe.balance.protocols import MarginRequest
+from moe.balance.step_counts import StepCounts
 from moe.errors import ConfigError
 from moe.kernels.margins import BINS, bin_edges, bin_of, count_margins, quantile
 from moe.parallel import Degrees, ParallelMesh, parallelize
@@ -50,39 +52,50 @@ def test_early_the_bias_is_that_of_the_new_weight():
         assert layer.balancer.steps == step + 1
 
 
-def test_late_it_is_a_step_by_the_counts_measured_by_the_margins_and_what_the_weight_has_changed():
-    layer, x = layer_of(early_steps=1, rate=0.1, limit=0.4), torch.randn(40, 8) + 0.5
-    mask = torch.arange(40) != 3
+def late_move(margins, load, rate, limit):
+    """By hand, of 39 tokens: 2/6 of them is 13, and half of it less and more 6.5 and 19.5."""
+    ranked = margins.sort(0).values
+    low, middle, high = (ranked[5] + ranked[6]) / 2, (ranked[12] + ranked[13]) / 2, ranked[19]
+    spread = 2 * torch.minimum(middle - low, high - middle)
+    off = 1 / 6 - load
+    step = rate * spread.median() * off / off.square().mean().sqrt()
+    longest = limit * spread * (6 * off).abs()
+    move = step.clamp(-longest, longest)
+    return move - move.mean(), move != step
+
+
+def test_late_it_is_a_step_by_the_counts_in_the_measure_of_the_margins():
+    layer, x = layer_of(early_steps=1, rate=0.3, limit=0.5), torch.randn(40, 8) + 0.5
+    mask, limited = torch.arange(40) != 3, []
     layer(x, mask)
     moe.balance_step(layer)
-    for seed in range(2):
+    for step in range(1, 11):
         layer(x, mask)
         before = layer.router.score_bias.clone()
-        with torch.no_grad():
-            decided = margins_of(torch.sigmoid(x @ layer.router.weight.T)[mask], before)
-            layer.router.weight.add_(0.3 * torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)))
-            ahead = margins_of(torch.sigmoid(x @ layer.router.weight.T)[mask], before)
-        # 2/6 of 39 lie below.
-        wanted, wanted_ahead = (margins.sort(0).values[12:14].mean(0) for margins in (decided, ahead))
-        load = moe.balance_step(layer)[""].load
-        step = 0.1 * decided.abs().mean() * (1 / 6 - load) / (1 / 6 - load).square().mean().sqrt()
-        longest = 0.4 * wanted.abs()
-        step = step.clamp(-longest, longest)
-        assert (step.abs() < longest).any()
-        assert (step.abs() == longest).any()
-        move = step + wanted_ahead - wanted
+        if step in {1, 9}:
+            margins = margins_of(torch.sigmoid(x @ layer.router.weight.T)[mask], before)
+        with torch.no_grad():  # late this changes nothing before the next step
+            layer.router.weight.add_(0.2 * torch.randn(6, 8))
+        expected, was_limited = late_move(margins, moe.balance_step(layer)[""].load, 0.3, 0.5)
         # Bins are an eighth of an octave wide.
-        atol = 0.15 * (wanted.abs().max() + wanted_ahead.abs().max()).item()
-        torch.testing.assert_close(layer.router.score_bias - before, move - move.mean(), rtol=0, atol=atol)
-        assert atol < 0.5 * (move - move.mean()).abs().max()
+        atol = 0.2 * expected.abs().max().item()
+        torch.testing.assert_close(layer.router.score_bias - before, expected, rtol=0, atol=atol)
+        limited.append(was_limited)
+    assert 0 < torch.stack(limited).float().mean() < 0.9
 
 
-def test_margins_are_asked_for_ahead_early_and_of_a_few_decisions_late():
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_step_without_the_margins_that_it_asked_for_says_so(step):
+    counts = StepCounts(torch.ones(6, dtype=torch.int64), torch.tensor(3), 2, step=step)
+    with pytest.raises(ConfigError, match=f"margins=None of step={step} must be"):
+        LookaheadBias(early_steps=1).updated(torch.zeros(6), torch.zeros(1, 6), counts)
+
+
+def test_margins_are_asked_for_ahead_early_and_of_decisions_now_and_then_late():
     rule = LookaheadBias(early_steps=3, sample=7)
-    asked = [rule.margins_at(step) for step in range(5)]
-    assert all(request.ahead for request in asked)
-    assert [request.tokens for request in asked] == [7, 7, 7, 512, 512]
-    assert [request.decided for request in asked] == [False, False, False, True, True]
+    assert [rule.margins_at(step) for step in range(3)] == [MarginRequest(7, decided=False, ahead=True)] * 3
+    assert [step for step in range(3, 30) if rule.margins_at(step) == MarginRequest(7)] == [3, 11, 19, 27]
+    assert [step for step in range(30) if rule.margins_at(step) is not None] == [0, 1, 2, 3, 11, 19, 27]
 
 
 def test_a_sample_is_spread_over_the_call_and_padding_is_left_out():
@@ -187,7 +200,7 @@ def test_late_steps_keep_what_early_ones_found_where_experts_differ(router, spre
             layer(torch.randn(1024, 16) + mean)
             found.append(moe.balance_step(layer)[""].max_vio.item())
     early, late = sum(found[30:40]) / 10, sum(found[-10:]) / 10
-    assert late < 1.3 * early
+    assert late < 1.5 * early  # the noise of a batch goes into the bias
 
 
 def resumed():
