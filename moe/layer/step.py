@@ -55,19 +55,20 @@ def balance_step(model: nn.Module, *, skipped: bool = False) -> dict[str, LoadSt
     Raises:
         ConfigError: a call that ``moe.count_ahead`` announced did not come.
     """
-    for name, layer in moe_layers(model):
+    layers = dict(moe_layers(model))  # once: to look through all modules takes longer than to count
+    for name, layer in layers.items():
         if uncollected := layer.calls.end_step():
             warnings.warn(
                 f"{uncollected} balance losses of layer {name!r} were never collected and balance nothing: add "
                 "moe.balance_loss(model) to the training loss, or construct MoE with balance=()",
                 stacklevel=2,
             )
-    unrepeated = _end_scripts(model)
+    unrepeated = _end_scripts(layers)
     if unrepeated and not skipped:
         raise ConfigError(unrepeated)
-    seen = {layer: look(layer) for _, layer in moe_layers(model) if layer.balancer.request is not None}
-    loads = _take({name: (layer, layer.training_load.take()) for name, layer in moe_layers(model)}, seen)
-    for name, layer in moe_layers(model):
+    seen = {layer: look(layer) for layer in layers.values() if layer.balancer.request is not None}
+    loads = _take({name: (layer, layer.training_load.take()) for name, layer in layers.items()}, seen)
+    for name, layer in layers.items():
         layer.balancer.end_step()
         if name in loads and not skipped:
             load, found = loads[name], seen.get(layer)
@@ -129,10 +130,10 @@ def _counts_of(layer: MoE, calls: Collected) -> Int[Tensor, " C"]:
     return counts
 
 
-def _end_scripts(model: nn.Module) -> str:
+def _end_scripts(layers: Mapping[str, MoE]) -> str:
     """End the announced step of all layers; returns what is wrong if a layer did not repeat all of it."""
     wrong = ""
-    for name, layer in moe_layers(model):
+    for name, layer in layers.items():
         script = layer.script
         if script is None or (layer.balancer.planned is None and not script.is_written):
             continue  # moe.replay_routing ends its own
