@@ -82,7 +82,8 @@ class RmsBias:
         self, bias: Float[Tensor, " E"], state: Float[Tensor, "0 E"], counts: StepCounts
     ) -> tuple[Float[Tensor, " E"], Float[Tensor, "0 E"]]:
         """The bias for the next step."""
-        return bias + self.rate * rms_direction(counts.tokens_per_expert), state
+        off = excess(counts.tokens_per_expert).float()  # E * sum(c) times f - 1/E, above and below
+        return bias - self.rate * off / root_mean_square(off), state
 
 
 @final
@@ -131,12 +132,11 @@ class MomentumBias:
         return torch.where(some, bias + moved, bias), torch.where(some, moved[None], state)
 
 
-def rms_direction(c: Int[Tensor, " E"]) -> Float[Tensor, " E"]:
-    """``(1/E - f_e) / RMS(f - 1/E)`` of counts, 0 where they are exactly even."""
-    # E * sum(c) times what the formula has, above and below. Integers whose sum is 0 have a root mean square of at
-    # least 1 unless all are 0: they are multiples of E, or none is 0.
-    off = excess(c).float()
-    return -off / off.square().mean().sqrt().clamp(min=1)
+def root_mean_square(off: Float[Tensor, " E"]) -> Float[Tensor, ""]:
+    """Of an `excess`; 1 where the counts are exactly even, so that it may be divided by."""
+    # Integers whose sum is 0 have a root mean square of at least 1 unless all are 0: they are multiples of E, or none
+    # is 0.
+    return off.square().mean().sqrt().clamp(min=1)
 
 
 def excess(c: Int[Tensor, " E"]) -> Int[Tensor, " E"]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from jaxtyping import Float, Int
-from torch import Tensor, minimum, stack, where
+from torch import Tensor, addcmul, minimum, stack, where
 
-from moe.balance.bias import excess, rms_direction
+from moe.balance.bias import excess, root_mean_square
 from moe.balance.protocols import MarginRequest
 from moe.balance.step_counts import StepCounts
 from moe.config import require_positive, require_positive_integer
@@ -82,17 +82,17 @@ class LookaheadBias:
         Raises:
             ConfigError: the counts are without the margins that ``margins_at`` asked for.
         """
-        some, share = counts.tokens > 0, counts.share
+        some = counts.tokens > 0
         if counts.step < self.early_steps:
-            move = quantile(_given(counts.margins_ahead, counts), share)
+            moved = bias + quantile(_given(counts.margins_ahead, counts), counts.share)
         else:
             if self.margins_at(counts.step) is not None:
-                state = where(some, _spread(_given(counts.margins, counts), share), state)
+                state = where(some, _spread(_given(counts.margins, counts), counts.share), state)
             spread, c = state[0], counts.tokens_per_expert
-            lacking = -excess(c) / c.sum().clamp(min=1)
-            longest = self.limit * spread * lacking.abs()
-            move = (self.rate * spread.median() * rms_direction(c)).clamp(-longest, longest)
-        moved = bias + move
+            off = excess(c).float()  # E * sum(c) times f - 1/E
+            by_rate = self.rate * spread.median() / root_mean_square(off)
+            by_limit = self.limit / c.sum().clamp(min=1) * spread
+            moved = addcmul(bias, off, minimum(by_rate, by_limit), value=-1)
         return where(some, moved - moved.mean(), bias), state
 
 
