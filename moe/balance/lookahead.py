@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from jaxtyping import Float, Int
-from torch import Tensor, addcmul, minimum, stack, where
+from torch import Tensor, addcmul, maximum, minimum, stack, where
 
 from moe.balance.bias import excess, root_mean_square
 from moe.balance.protocols import MarginRequest
@@ -34,8 +34,9 @@ class LookaheadBias:
     In the first ``early_steps`` the move is ``quantile_{K/E}(m_e)`` with margins under the new weight. After them it is
     ``rate * median(s) * (1/E - f_e) / RMS(f - 1/E)``, a step of `RmsBias`, but not above ``limit * s_e * |1 - E f_e|``.
     There ``s_e`` is twice how far the bias has to go to win or to lose half the tokens that an expert should have,
-    whichever is nearer. So a layer that is nearly right moves little, and an expert of narrow margins less than others.
-    Every move is centred. Steps are measured by margins, so the same numbers suit every score function.
+    whichever is nearer, or all the way to its share where that is more. So a layer that is nearly right moves little,
+    an expert of narrow margins less than others, and one that nobody chooses more. Every move is centred. Steps are
+    measured by margins, so the same numbers suit every score function.
 
     The layer scores ``sample`` tokens of each of its calls once more after an early step: a product of the router, and
     as many rows of its input are kept until then. In one of eight late steps it counts the margins of as many decisions
@@ -45,7 +46,7 @@ class LookaheadBias:
     Args:
         rate: root mean square of a late step, over the median of ``s``.
         limit: the longest late step, over the one that would make up for all an expert lacks.
-        early_steps: how many there are; a little more than those in which the learning rate warms up.
+        early_steps: how many there are; twice as many as those in which the learning rate warms up, or more.
         sample: tokens of each call, evenly spaced over it; all where it has fewer. Of n tokens an expert should get
             ``n K / E``, and chance adds or takes the root of that.
 
@@ -57,7 +58,7 @@ class LookaheadBias:
 
     rate: float = 0.4
     limit: float = 1.0
-    early_steps: int = 50
+    early_steps: int = 100
     sample: int = 2048
 
     state_rows: ClassVar[int] = 1
@@ -104,8 +105,8 @@ def _given(margins: Int[Tensor, "E bins"] | None, counts: StepCounts) -> Int[Ten
 
 
 def _spread(margins: Int[Tensor, "E bins"], share: Float[Tensor, ""]) -> Float[Tensor, "1 E"]:
-    """Twice how far each bias has to go for half its share less or more, whichever is nearer."""
+    """Twice how far each bias has to go for half its share less or more, whichever is nearer, or to its share."""
     half = minimum(share, 1 - share) / 2
     # The nearer one, since a step that takes the slope for less steep than it is overshoots.
     low, middle, high = quantile(margins.expand(3, -1, -1), stack([share - half, share, share + half])[:, None])
-    return 2 * minimum(middle - low, high - middle)[None]
+    return maximum(2 * minimum(middle - low, high - middle), middle.abs())[None]

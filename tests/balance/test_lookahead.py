@@ -56,7 +56,7 @@ def late_move(margins, load, rate, limit):
     """By hand, of 39 tokens: 2/6 of them is 13, and half of it less and more 6.5 and 19.5."""
     ranked = margins.sort(0).values
     low, middle, high = (ranked[5] + ranked[6]) / 2, (ranked[12] + ranked[13]) / 2, ranked[19]
-    spread = 2 * torch.minimum(middle - low, high - middle)
+    spread = torch.maximum(2 * torch.minimum(middle - low, high - middle), middle.abs())
     off = 1 / 6 - load
     step = rate * spread.median() * off / off.square().mean().sqrt()
     longest = limit * spread * (6 * off).abs()
@@ -201,6 +201,26 @@ def test_late_steps_keep_what_early_ones_found_where_experts_differ(router, spre
             found.append(moe.balance_step(layer)[""].max_vio.item())
     early, late = sum(found[30:40]) / 10, sum(found[-10:]) / 10
     assert late < 1.5 * early  # the noise of a batch goes into the bias
+
+
+def test_late_an_expert_that_nobody_chooses_is_back_soon():
+    steps = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        layer = moe.MoE(16, 4, 16, 2, router="sigmoid", balance=[LookaheadBias(early_steps=20)])
+        with torch.no_grad():
+            layer.router.weight.normal_(0, 0.8)
+            mean = torch.randn(16)
+            for step in range(80):
+                if step == 25:
+                    layer.router.score_bias[0] -= 0.5
+                layer(torch.randn(1024, 16) + mean)
+                load = moe.balance_step(layer)[""].load[0]
+                if step >= 25 and load > 0.5 / 16:
+                    steps.append(step - 25)
+                    break
+    assert len(steps) == 3
+    assert sum(steps) < 30
 
 
 def resumed():
