@@ -132,6 +132,23 @@ def test_a_step_without_a_call_and_a_skipped_one_move_nothing(skipped):
     assert layer.balancer.sample.take() == []
 
 
+def test_a_late_step_in_which_no_token_counts_keeps_what_was_measured():
+    layer, x = layer_of(early_steps=1), torch.randn(30, 8)
+    for _ in range(2):
+        layer(x)
+        moe.balance_step(layer)
+    spread, bias = layer.balancer.bias_state.clone(), layer.router.score_bias.clone()
+    assert (spread > 0).all()
+    layer.balancer.reset_parameters()
+    layer.balancer.bias_state.copy_(spread)
+    for _ in range(2):  # an early one, and one that reads margins
+        layer(x, torch.zeros(30, dtype=torch.bool))
+        moe.balance_step(layer)
+    assert layer.balancer.step_number == 2
+    assert torch.equal(layer.balancer.bias_state, spread)
+    assert torch.equal(layer.router.score_bias, bias)
+
+
 def test_what_it_counts_survives_a_checkpoint_and_a_cast():
     layer = layer_of()
     layer(torch.randn(30, 8))
