@@ -46,7 +46,7 @@ def draw_load(key: str, layer: str, loads: Loads, half_range: float, experts_on_
         height = min(3.6, max(2.2, 1.3 + 0.11 * experts))  # inches
         figure = Figure(figsize=(5.6, height))
         bottom, share = 0.46 / height, 1 - 0.56 / height  # room for the ticks and the label of the steps
-        axes = figure.add_axes((0.11, bottom, 0.73, share))
+        axes = figure.add_axes((0.11, bottom, 0.69, share))
         axes.grid(False)
         axes.spines[:].set_visible(True)
         image = axes.imshow(
@@ -65,7 +65,7 @@ def draw_load(key: str, layer: str, loads: Loads, half_range: float, experts_on_
         )
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-        bar_axes = figure.add_axes((0.86, bottom, 0.03, share))
+        bar_axes = figure.add_axes((0.82, bottom, 0.03, share))
         bar = figure.colorbar(image, cax=bar_axes, extend="max" if half_range == 1 else "both")
         bar.ax.grid(False)
         if bar.solids is not None:

@@ -136,6 +136,7 @@ def _share_measured(summary: RunSummary) -> str:
 
 def _draw_training(history: History, summary: RunSummary) -> list[Drawing]:
     curve = history.curve
+    balance = curve("train/balance_loss")
     levels = {"unigram bytes": summary.unigram_bits_per_byte, "gzip -9": summary.gzip_bits_per_byte}
     references = [(name, level) for name, level in levels.items() if level is not None]
     loss = [Line(curve("train/loss"), 0, "training"), Line(curve("val/loss"), 1, "validation", dots=True)]
@@ -156,7 +157,7 @@ def _draw_training(history: History, summary: RunSummary) -> list[Drawing]:
         ),
         draw(
             Chart("balance-loss", "Balance loss", "Added to the loss, coefficients included.", "nats"),
-            [Line(curve("train/balance_loss"))] if history.layers else [],
+            [Line(balance)] if history.layers and balance.values.any() else [],  # a bias rule alone adds nothing
         ),
         draw(
             Chart(
