@@ -33,10 +33,11 @@ class LookaheadBias:
 
     In the first ``early_steps`` the move is ``quantile_{K/E}(m_e)`` with margins under the new weight. After them it is
     ``rate * median(s) * (1/E - f_e) / RMS(f - 1/E)``, a step of `RmsBias`, but not above ``limit * s_e * |1 - E f_e|``.
-    There ``s_e`` is twice how far the bias has to go to win or to lose half the tokens that an expert should have,
-    whichever is nearer, or all the way to its share where that is more. So a layer that is nearly right moves little,
-    an expert of narrow margins less than others, and one that nobody chooses more. Every move is centred. Steps are
-    measured by margins, so the same numbers suit every score function.
+    There ``s_e`` is twice how far it is from the bias that gives an expert its share to one that gives it half of that
+    more or less, whichever is nearer; or the way to its share where that is longer. (Where K/E is above 1/2, half of
+    what is left counts.) So a layer that is nearly right moves little, an expert of narrow margins less than others,
+    and one that nobody chooses more. The bias is centred after each step. Steps are measured by margins, so the same
+    numbers suit every score function.
 
     The layer scores ``sample`` tokens of each of its calls once more after an early step: a product of the router, and
     as many rows of its input are kept until then. In one of eight late steps it counts the margins of as many decisions
@@ -47,8 +48,8 @@ class LookaheadBias:
         rate: root mean square of a late step, over the median of ``s``.
         limit: the longest late step, over the one that would make up for all an expert lacks.
         early_steps: how many there are; twice as many as those in which the learning rate warms up, or more.
-        sample: tokens of each call, evenly spaced over it; all where it has fewer. Of n tokens an expert should get
-            ``n K / E``, and chance adds or takes the root of that.
+        sample: tokens of each call at most, evenly spaced over it. Of n tokens an expert should get ``n K / E``, and
+            chance adds or takes the root of that.
 
     Raises:
         ConfigError: an argument is not positive.
@@ -83,18 +84,18 @@ class LookaheadBias:
         Raises:
             ConfigError: the counts are without the margins that ``margins_at`` asked for.
         """
-        some = counts.tokens > 0
         if counts.step < self.early_steps:
             moved = bias + quantile(_given(counts.margins_ahead, counts), counts.share)
         else:
             if self.margins_at(counts.step) is not None:
-                state = where(some, _spread(_given(counts.margins, counts), counts.share), state)
+                margins = _given(counts.margins, counts)
+                state = where(margins.sum() > 0, _spread(margins, counts.share), state)
             spread, c = state[0], counts.tokens_per_expert
             off = excess(c).float()  # E * sum(c) times f - 1/E
             by_rate = self.rate * spread.median() / root_mean_square(off)
             by_limit = self.limit / c.sum().clamp(min=1) * spread
             moved = addcmul(bias, off, minimum(by_rate, by_limit), value=-1)
-        return where(some, moved - moved.mean(), bias), state
+        return where(counts.tokens > 0, moved - moved.mean(), bias), state
 
 
 def _given(margins: Int[Tensor, "E bins"] | None, counts: StepCounts) -> Int[Tensor, "E bins"]:
@@ -105,7 +106,7 @@ def _given(margins: Int[Tensor, "E bins"] | None, counts: StepCounts) -> Int[Ten
 
 
 def _spread(margins: Int[Tensor, "E bins"], share: Float[Tensor, ""]) -> Float[Tensor, "1 E"]:
-    """Twice how far each bias has to go for half its share less or more, whichever is nearer, or to its share."""
+    """Twice the way from each bias for the share to one for half less or more, the nearer, or the way to the former."""
     half = minimum(share, 1 - share) / 2
     # The nearer one, since a step that takes the slope for less steep than it is overshoots.
     low, middle, high = quantile(margins.expand(3, -1, -1), stack([share - half, share, share + half])[:, None])

@@ -25,7 +25,7 @@ class StepCounts:
     """K, experts a token; on average, where the router decides how many."""
 
     margins: Int[Tensor, "E bins"] | None = None
-    """int32; how many tokens miss an expert by how much, see `moe.kernels.margins`, in the decisions of this step. None
+    """int64; how many tokens miss an expert by how much, see `moe.kernels.margins`, in the decisions of this step. None
     where no rule asks for it."""
 
     margins_ahead: Int[Tensor, "E bins"] | None = None

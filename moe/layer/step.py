@@ -50,7 +50,7 @@ def balance_step(model: nn.Module, *, skipped: bool = False) -> dict[str, LoadSt
         skipped: the optimizer step was left out (its loss was not finite, say), so the biases stay too.
 
     Returns:
-        Load by layer name; layers that saw no call are left out.
+        Load by layer name; layers that saw no call are left out, unless other devices may have seen one.
 
     Raises:
         ConfigError: a call that ``moe.count_ahead`` announced did not come.

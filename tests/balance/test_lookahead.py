@@ -1,4 +1,4 @@
-"""The look-ahead rule: margins of a sample under the router's new weight, and what is made of them."""
+"""The look-ahead rule: early by margins of a sample under the router's new weight, late by counts."""
 
 import pytest
 import torch
@@ -147,6 +147,18 @@ def test_a_late_step_in_which_no_token_counts_keeps_what_was_measured():
     assert layer.balancer.step_number == 2
     assert torch.equal(layer.balancer.bias_state, spread)
     assert torch.equal(layer.router.score_bias, bias)
+
+
+def test_a_late_sample_of_padding_alone_keeps_what_was_measured():
+    layer, x = layer_of(early_steps=1, sample=8), torch.randn(31, 8)
+    layer(x)
+    moe.balance_step(layer)
+    layer.balancer.bias_state.fill_(0.5)
+    bias = layer.router.score_bias.clone()
+    layer(x, torch.arange(31) % 4 != 0)  # of tokens 0, 4, 8, ... none counts
+    moe.balance_step(layer)
+    assert (layer.balancer.bias_state == 0.5).all()
+    assert not torch.equal(layer.router.score_bias, bias)
 
 
 def test_what_it_counts_survives_a_checkpoint_and_a_cast():

@@ -22,7 +22,7 @@ MOE = {"hidden_dim": 8, "num_experts": 4}
         ({"max_seq_len": 0}, "max_seq_len=0 must be positive"),
         ({"moe_every": 0}, "moe_every=0 must be positive"),
         ({"rope_theta": 0.0}, "rope_theta=0.0 must be positive"),
-        ({"norm_eps": math.nan}, "norm_eps=nan must be positive"),
+        ({"norm_eps": math.nan}, "norm_eps=nan must be finite"),
         ({"first_dense": -1}, "first_dense=-1 must be at least 0"),
         ({"dim": 30}, "dim=30 is not a multiple of num_heads=4"),
         ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),

@@ -255,16 +255,6 @@ def test_a_dense_run_has_no_word_on_experts(tmp_path: Path) -> None:
     assert_self_contained(page)
 
 
-def test_a_run_without_a_balance_loss_has_no_curve_of_it(tmp_path: Path) -> None:
-    folder = RunFolder.open(tmp_path, "run")
-    with MetricsWriter(folder) as writer:
-        for step in (1, 2):
-            writer.write(step, line(step, LAYERS) | {"train/balance_loss": 0.0})
-    figures = list(read_page(folder).figures)
-    assert "balance-loss" not in figures
-    assert "grad-norm" in figures
-
-
 def test_a_run_that_was_killed_after_one_line(tmp_path: Path) -> None:
     page = read_page(make_run(tmp_path, LAYERS, steps=1, status=None), None)  # no summary was ever written
     assert list(page.figures) == [

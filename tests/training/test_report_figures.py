@@ -4,17 +4,21 @@ import base64
 import io
 import math
 import re
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from moe.training.metrics import MetricsWriter
+from moe.training.report import write_report
 from moe.training.report.figures import Chart, Line, draw
 from moe.training.report.heatmap import color_half_range, draw_load, resample
 from moe.training.report.history import Curve, Loads
 from moe.training.report.numbers import decimal, duration, percent, short_count
 from moe.training.report.page import split_settings
+from moe.training.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("experts", [1, 2, 256])
@@ -106,3 +110,15 @@ def test_every_line_of_the_settings_is_kept() -> None:
         ("data", "- a\n- b"),
     ]
     assert split_settings("") == []
+
+
+@pytest.mark.parametrize("balance_loss", [0.0, 0.01])
+def test_a_balance_loss_of_zero_has_no_curve(tmp_path: Path, balance_loss: float) -> None:
+    folder = RunFolder.open(tmp_path, "run")
+    values = {"tokens": 8, "seconds": 1.0, "train/loss": 1.0, "train/balance_loss": balance_loss}
+    with MetricsWriter(folder) as writer:
+        for step in (1, 2):
+            writer.write(step, values | {"balance/max_vio/layer": 0.0, "balance/load/layer": [0.5, 0.5]})
+    page = write_report(folder, None).read_text(encoding="utf-8")
+    assert ("Added to the loss, coefficients included." in page) == (balance_loss > 0)
+    assert "Cross entropy of the next token." in page
