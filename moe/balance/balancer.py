@@ -156,10 +156,10 @@ class Balancer(Float32Buffers):
         """Note what the bias rule needs beside the load of experts, of one call in training mode."""
         if self.request is None or score_bias is None:
             return
-        if self.request.decided:
-            self.margins.count(every(routing, self.request.tokens), score_bias)
         if self.request.ahead:
             self.sample.keep(tokens, routing.token_mask, self.request.tokens)
+        else:
+            self.margins.count(every(routing, self.request.tokens), score_bias)
 
     @torch.no_grad()
     def step(self, score_bias: Float[Tensor, " E"] | None, counts: StepCounts) -> None:

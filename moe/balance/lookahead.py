@@ -71,7 +71,7 @@ class LookaheadBias:
     def margins_at(self, step: int) -> MarginRequest | None:
         """Early those under the new weight, late in one of eight steps those of the decisions."""
         if step < self.early_steps:
-            return MarginRequest(self.sample, decided=False, ahead=True)
+            return MarginRequest(self.sample, ahead=True)
         if (step - self.early_steps) % _LATE_PERIOD == 0:
             return MarginRequest(self.sample)
         return None
@@ -85,10 +85,10 @@ class LookaheadBias:
             ConfigError: the counts are without the margins that ``margins_at`` asked for.
         """
         if counts.step < self.early_steps:
-            moved = bias + quantile(_given(counts.margins_ahead, counts), counts.share)
+            moved = bias + quantile(_given_margins(counts), counts.share)
         else:
             if self.margins_at(counts.step) is not None:
-                margins = _given(counts.margins, counts)
+                margins = _given_margins(counts)
                 state = where(margins.sum() > 0, _spread(margins, counts.share), state)
             spread, c = state[0], counts.tokens_per_expert
             off = excess(c).float()  # E * sum(c) times f - 1/E
@@ -98,11 +98,10 @@ class LookaheadBias:
         return where(counts.tokens > 0, moved - moved.mean(), bias), state
 
 
-def _given(margins: Int[Tensor, "E bins"] | None, counts: StepCounts) -> Int[Tensor, "E bins"]:
-    """The margins that a step was asked for."""
-    if margins is None:
+def _given_margins(counts: StepCounts) -> Int[Tensor, "E bins"]:
+    if counts.margins is None:
         raise ConfigError(f"margins=None of step={counts.step} must be the histogram that the rule asked for")
-    return margins
+    return counts.margins
 
 
 def _spread(margins: Int[Tensor, "E bins"], share: Float[Tensor, ""]) -> Float[Tensor, "1 E"]:

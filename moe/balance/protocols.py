@@ -60,11 +60,8 @@ class MarginRequest:
     tokens: int | None = None
     """Of each call, evenly spaced over it; None for all."""
 
-    decided: bool = True
-    """As these tokens were decided: ``StepCounts.margins``."""
-
     ahead: bool = False
-    """Scored again after the step, with the router's new weight: ``StepCounts.margins_ahead``."""
+    """Of these tokens scored again after the step, with the router's new weight, and not as they were decided."""
 
 
 @runtime_checkable

@@ -25,11 +25,8 @@ class StepCounts:
     """K, experts a token; on average, where the router decides how many."""
 
     margins: Int[Tensor, "E bins"] | None = None
-    """int64; how many tokens miss an expert by how much, see `moe.kernels.margins`, in the decisions of this step. None
-    where no rule asks for it."""
-
-    margins_ahead: Int[Tensor, "E bins"] | None = None
-    """The same under the router's weight after the step, still with the bias of the step."""
+    """int64; how many tokens miss an expert by how much, see `moe.kernels.margins`: in the decisions of this step, or
+    under the router's weight after it with the bias of the step, whichever the rule asked for. None if it did not."""
 
     step: int = 0
     """How many steps of this layer's rule there were before this one."""

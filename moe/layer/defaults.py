@@ -28,8 +28,8 @@ def default_balance(router: str | Mapping[str, Any] | Router) -> BalanceSpec:
     training, or not at all.
 
     Args:
-        router: as `moe.MoE` takes it. An object gets ``lookahead_bias`` if it was made with
-            ``score_bias`` and has neither groups nor noise, else ``squared_deviation``.
+        router: as `moe.MoE` takes it. An object gets ``lookahead_bias`` if it was made with ``score_bias`` and has
+            neither groups nor noise, else ``squared_deviation``.
     """
     if isinstance(router, Router):
         suits = router.score_bias is not None and router.num_groups is None and not router.adds_noise

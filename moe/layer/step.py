@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe.balance import PendingLoss, StepCounts, StepLoad
 from moe.errors import ConfigError
 from moe.layer.moe import MoE, PoolCounts, moe_layers
-from moe.layer.seen import Seen, look
+from moe.layer.seen import look
 from moe.monitor import LoadStats
 
 Collected = list[tuple[Tensor, PendingLoss]]
@@ -71,10 +71,8 @@ def balance_step(model: nn.Module, *, skipped: bool = False) -> dict[str, LoadSt
     for name, layer in layers.items():
         layer.balancer.end_step()
         if name in loads and not skipped:
-            load, found = loads[name], seen.get(layer)
-            decided, ahead = (None, None) if found is None else found.read()
-            number = layer.balancer.step_number
-            counts = StepCounts(load.tokens_per_expert, load.tokens, layer.top_k, decided, ahead, number)
+            load, number = loads[name], layer.balancer.step_number
+            counts = StepCounts(load.tokens_per_expert, load.tokens, layer.top_k, seen.get(layer), number)
             layer.balancer.step(layer.router.score_bias, counts)
     return loads
 
@@ -146,13 +144,13 @@ def _end_scripts(layers: Mapping[str, MoE]) -> str:
     return wrong
 
 
-def _take(found: Mapping[str, tuple[MoE, LoadStats | None]], seen: dict[MoE, Seen]) -> dict[str, LoadStats]:
+def _take(found: Mapping[str, tuple[MoE, LoadStats | None]], seen: dict[MoE, Tensor]) -> dict[str, LoadStats]:
     """Loads over all devices, and in place what was seen; of spread layers also those without a call here."""
     loads = {name: load for name, (_, load) in found.items() if load is not None}
     counts: dict[MoE, Tensor] = {}
     for _, (layer, load) in found.items():
         if layer.pool_counts is not None:
-            more = (seen[layer].counts,) if layer in seen else ()
+            more = (seen[layer].flatten(),) if layer in seen else ()
             counts[layer] = torch.cat([_own(layer, load).to_counts(), *more])
     pooled = pool(counts)
     for name, (layer, load) in found.items():
@@ -161,7 +159,7 @@ def _take(found: Mapping[str, tuple[MoE, LoadStats | None]], seen: dict[MoE, See
             size = len(own.to_counts())
             loads[name] = LoadStats.from_counts(pooled[layer][:size], own.num_null_experts)
             if layer in seen:
-                seen[layer] = replace(seen[layer], counts=pooled[layer][size:])
+                seen[layer] = pooled[layer][size:].view_as(seen[layer])
     return {name: loads[name] for name in found if name in loads}
 
 

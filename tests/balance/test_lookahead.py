@@ -93,7 +93,7 @@ def test_a_step_without_the_margins_that_it_asked_for_says_so(step):
 
 def test_margins_are_asked_for_ahead_early_and_of_decisions_now_and_then_late():
     rule = LookaheadBias(early_steps=3, sample=7)
-    assert [rule.margins_at(step) for step in range(3)] == [MarginRequest(7, decided=False, ahead=True)] * 3
+    assert [rule.margins_at(step) for step in range(3)] == [MarginRequest(7, ahead=True)] * 3
     assert [step for step in range(3, 30) if rule.margins_at(step) == MarginRequest(7)] == [3, 11, 19, 27]
     assert [step for step in range(30) if rule.margins_at(step) is not None] == [0, 1, 2, 3, 11, 19, 27]
 
@@ -262,7 +262,7 @@ def resumed():
     whole = gather_state(parallel, optimizer)
     layer.balancer.reset_parameters()
     load_state(parallel, optimizer, _told(whole))
-    return layer.balancer.step_number, layer.balancer.request.decided
+    return layer.balancer.step_number, layer.balancer.request.ahead
 
 
 def _told(whole):
@@ -272,7 +272,7 @@ def _told(whole):
 
 
 def test_a_run_that_resumes_over_ranks_knows_how_many_steps_there_were():
-    assert run_local(resumed, 2, timeout=60) == [(2, True)] * 2
+    assert run_local(resumed, 2, timeout=60) == [(2, False)] * 2
 
 
 def test_edges_hold_the_quantile():
